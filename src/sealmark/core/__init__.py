@@ -1,0 +1,1 @@
+"""Contracts: schemes, suspects, secrets, evidence, tasks, training, attacks."""

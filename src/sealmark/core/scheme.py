@@ -1,0 +1,106 @@
+"""The contracts: `Scheme` and its kinds, one for each question that an owner asks.
+
+    Scheme
+    ├── Verifiable         is this suspect mine?       verify() is final, a scheme writes score()
+    │   ├── Watermark      the model is changed        keygen, loss / extra, embed
+    │   └── Fingerprint    the model is untouched      enroll
+    ├── Lock               may this person use it?     lock, unlock
+    │   └── WeightLock     the same on files           locker, unlocker
+    ├── UserMark           which user is this?         enroll, issue, trace, authenticate
+    │   └── WeightMark     the same on files           marker, suspicion
+    └── WeightSeal         was it changed?             seal, check, restore
+
+A scheme is a frozen dataclass: its fields are its hyper-parameters and computing starts with a call.
+"""
+
+from __future__ import annotations
+
+import json
+from abc import ABC
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+from torch import Tensor
+
+from sealmark.core.card import Card
+from sealmark.core.errors import ParameterError
+from sealmark.core.secret import Secret, draw_seed, tensor_digest
+from sealmark.core.weights import Weights
+
+
+@dataclass(frozen=True)
+class Scheme(ABC):
+    """Base of all schemes. The public name is the stem of the file that it stands in."""
+
+    card: ClassVar[Card]
+
+    @property
+    def name(self) -> str:
+        """The public name."""
+        return type(self).__module__.rpartition(".")[2]
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """The hyper-parameters, as plain JSON."""
+        return asdict(self)
+
+    def check_secret(self, secret: Secret, commitment: str | None = None) -> None:
+        """Refuse a secret of another scheme, with other parameters, or one that does not re-derive.
+
+        Raises:
+            ParameterError: of another scheme, or made with other parameters.
+            ForgedSecretError: see `Secret.check`.
+        """
+        facts = secret.facts
+        if facts.get("scheme") != self.name:
+            raise ParameterError("secret of another scheme", expected=self.name, found=facts.get("scheme"))
+        claimed = facts.get("parameters", {})
+        mine = _plain(self.parameters)
+        if claimed != mine:
+            different = {k for k in claimed.keys() | mine.keys() if claimed.get(k) != mine.get(k)}
+            raise ParameterError(
+                "the secret was made with other parameters",
+                expected={k: claimed.get(k) for k in sorted(different)},
+                found={k: mine.get(k) for k in sorted(different)},
+                advice="create the scheme with the secret's parameters: registry.scheme_of(secret)",
+            )
+        secret.check(commitment)
+
+    def new_secret(
+        self,
+        weights: Weights,
+        *,
+        host: Mapping[str, Any] | None = None,
+        tensors: Mapping[str, Tensor] | None = None,
+        owner: str = "",
+        payload: bytes = b"",
+        rng: np.random.Generator | None = None,
+    ) -> Secret:
+        """A fresh secret that is bound to this scheme, its parameters, an owner and a model.
+
+        Args:
+            weights: of the model that it is for.
+            host: what the scheme must know of the model; plain JSON, committed.
+            tensors: what cannot be derived; committed by digest.
+            owner: the owner's public key.
+            payload: a message of the owner, for schemes that carry one.
+            rng: for tests; the operating system's randomness by default.
+        """
+        tensors = {k: v.detach().cpu().clone() for k, v in (tensors or {}).items()}
+        facts = {
+            "scheme": self.name,
+            "parameters": _plain(self.parameters),
+            "owner": owner,
+            "model": weights.digest(),
+            "host": dict(host or {}),
+            "payload": payload.hex(),
+            "tensors": {name: tensor_digest(tensor) for name, tensor in tensors.items()},
+        }
+        return Secret(draw_seed(rng), facts, tensors)
+
+
+def _plain(parameters: dict[str, Any]) -> dict[str, Any]:
+    plain: dict[str, Any] = json.loads(json.dumps(parameters))  # tuples are lists in JSON, at any depth
+    return plain

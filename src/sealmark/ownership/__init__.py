@@ -1,0 +1,1 @@
+"""Is this suspect mine? One file, one scheme."""

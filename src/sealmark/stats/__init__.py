@@ -1,0 +1,1 @@
+"""Nulls, p-values, calibration, sequential tests."""

@@ -1,0 +1,1 @@
+"""Small ready tasks: model, data and metric."""
