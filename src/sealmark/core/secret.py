@@ -118,6 +118,8 @@ class Secret:
             ForgedSecretError: a tensor is not the committed one, or the commitment is another.
         """
         claimed = self.facts.get("tensors", {})
+        if not isinstance(claimed, dict) or not all(isinstance(value, str) for value in claimed.values()):
+            raise ForgedSecretError("the secret's facts are malformed", expected="digests of tensors")
         found = {name: tensor_digest(tensor) for name, tensor in self.tensors.items()}
         if claimed != found:
             different = sorted(k for k in {**claimed, **found} if claimed.get(k) != found.get(k))
@@ -152,7 +154,9 @@ class Secret:
         return self
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:
-        raise UnsupportedError("a secret cannot be pickled", advice="write it with sealmark.formats.write_secret")
+        raise UnsupportedError(
+            "a secret cannot be pickled", advice="write it with sealmark.formats.secret.write_secret"
+        )
 
 
 def _equal(one: str, other: str) -> bool:

@@ -1,31 +1,36 @@
 """Weights as named tensors, from a live model or from safetensors files of any size.
 
 A weight-only scheme is one function, name and tensor in, tensor out. `rewrite_model` runs it over a
-live model, `rewrite_file` over a file or a sharded folder with one tensor in memory at a time.
+live model, `rewrite_file` over a file or a sharded folder with two tensors in memory at a time.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import hashlib
 import json
 import struct
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from sealmark.core.canonical import sha256_hex
+from sealmark.core.canonical import canonical_json, sha256_hex
 from sealmark.core.errors import FormatError, ModelMismatchError, ParameterError, UnknownNameError
 from sealmark.core.files import atomic_write
 from sealmark.core.secret import tensor_digest
 
 TensorMap = Callable[[str, Tensor], Tensor]
 Progress = Callable[[str, int], None]  # (name of the tensor, its bytes), after each one
+
+_T = TypeVar("_T")
+_PIECE = 4 << 20
 
 MAX_HEADER = 100_000_000
 INDEX = "model.safetensors.index.json"
@@ -82,7 +87,11 @@ class Weights(Mapping[str, Tensor], ABC):
 
     def digest(self) -> str:
         """SHA-256 over the sorted names and each tensor's dtype, shape and little-endian bytes."""
-        return sha256_hex(*(f"{name}\0{tensor_digest(self[name])}\n".encode() for name in self))
+        lines = zip(self, self._digests(), strict=True)
+        return sha256_hex(*(f"{name}\0{digest}\n".encode() for name, digest in lines))
+
+    def _digests(self) -> Iterator[str]:
+        return map(tensor_digest, self.values())
 
     def _missing(self, name: str) -> UnknownNameError:
         near = sorted(self.info)[:8]
@@ -151,6 +160,26 @@ class FileWeights(Weights):
                 raise FormatError(f"{shard}: truncated while it was read")
         return _as_tensor(raw, entry.info)
 
+    def _digests(self) -> Iterator[str]:
+        with ThreadPoolExecutor(2) as pool:  # SHA-256 is slower than the disk
+            yield from pool.map(self._digest_of, self)
+
+    def _digest_of(self, name: str) -> str:
+        """`tensor_digest` of a tensor that never is in memory as a whole."""
+        shard, entry = self._home[name], self.shards[self._home[name]].entries[name]
+        form = [str(entry.info.dtype).removeprefix("torch."), list(entry.info.shape)]
+        digest, left = hashlib.sha256(canonical_json(form) + b"\0"), entry.end - entry.start
+        piece = memoryview(bytearray(min(left, _PIECE)))
+        with shard.open("rb", buffering=0) as file:
+            file.seek(self.shards[shard].data_start + entry.start)
+            while left:
+                count = file.readinto(piece[:left])
+                if not count:
+                    raise FormatError(f"{shard}: truncated while it was read")
+                digest.update(piece[:count])
+                left -= count
+        return digest.hexdigest()
+
 
 class MappedWeights(Weights):
     """Weights as a change would leave them, computed when asked for; the change must keep their form."""
@@ -188,13 +217,15 @@ def rewrite_file(
 ) -> None:
     """Write ``source`` to ``target`` with every tensor passed through ``change``.
 
-    Memory is bounded by the largest tensor. Headers, metadata and the index are kept as they are. A
-    single file is replaced at once; of a sharded folder the index, which makes it a model, comes last.
+    Memory is bounded by twice the largest tensor of a shard, plus what ``change`` makes of one. Headers,
+    metadata and the index are kept as they are. A single file is replaced at once; of a sharded folder
+    the index, which makes it a model, comes last.
 
     Args:
         source: a safetensors file or a sharded folder.
         target: a file for a file, a folder (made if missing) for a folder.
-        change: must keep shape and dtype.
+        change: must keep shape and dtype; may change the tensor in place; must not hold on to it, for its
+            memory is used again. It runs in a second thread, one tensor at a time, in the file's order.
         progress: called after each tensor.
 
     Raises:
@@ -332,14 +363,38 @@ def _check_kept(name: str, info: TensorInfo, changed: Tensor) -> None:
 def _rewrite_shard(
     source: Path, header: Header, target: Path, change: TensorMap, progress: Progress | None
 ) -> None:
+    """Change one tensor while the one before is written, in two buffers: fresh memory is slow memory."""
+    order = sorted(header.entries.items(), key=lambda item: item[1].start)
+    room = max((entry.end - entry.start for _, entry in order), default=0)
+    buffers = [bytearray(room) for _ in order[:2]]
+
+    def changed(turn: int) -> Tensor:
+        name, entry = order[turn]
+        raw = memoryview(buffers[turn % 2])[: entry.end - entry.start]
+        reader.seek(header.data_start + entry.start)
+        if reader.readinto(raw) != len(raw):
+            raise FormatError(f"{source}: truncated while it was read")
+        result = change(name, _as_tensor(raw, entry.info)).contiguous()
+        _check_kept(name, entry.info, result)
+        return result
+
     with source.open("rb") as reader, atomic_write(target) as writer:
         writer.write(header.raw)
-        for name, entry in sorted(header.entries.items(), key=lambda item: item[1].start):
-            raw = bytearray(entry.end - entry.start)
-            reader.seek(header.data_start + entry.start)
-            reader.readinto(raw)
-            changed = change(name, _as_tensor(raw, entry.info)).contiguous()
-            _check_kept(name, entry.info, changed)
-            writer.write(changed.reshape(-1).view(torch.uint8).numpy().data)
+        for (name, entry), result in zip(order, _one_ahead(changed, len(order)), strict=True):
+            flat = result.reshape(-1).view(torch.uint8).numpy().data
+            for start in range(0, len(flat), _PIECE):  # ext4 takes small pieces much faster than large ones
+                writer.write(flat[start : start + _PIECE])
             if progress:
-                progress(name, len(raw))
+                progress(name, entry.end - entry.start)
+
+
+def _one_ahead(function: Callable[[int], _T], count: int) -> Iterator[_T]:
+    """``function(0) ... function(count - 1)``, each computed while the one before is being used."""
+    if not count:
+        return
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(function, 0)
+        for turn in range(1, count):
+            result, coming = coming.result(), pool.submit(function, turn)
+            yield result
+        yield coming.result()

@@ -56,7 +56,7 @@ class Stream:
         encryptor = Cipher(self._algorithm, modes.CTR(first.to_bytes(_BLOCK, "big"))).encryptor()
         total = skip + count
         out = np.empty(total + _BLOCK, np.uint8)  # update_into asks for a block of slack
-        view = memoryview(out)
+        view = out.data
         for start in range(0, total, _CHUNK):
             size = min(_CHUNK, total - start)
             encryptor.update_into(_ZEROS[:size], view[start : start + size + _BLOCK - 1])
@@ -78,7 +78,8 @@ class Stream:
 
     def uniform(self, count: int, *, offset: int = 0) -> NDArray[np.float64]:
         """``count`` numbers, uniform in the open interval (0, 1), 53 bits each."""
-        return ((self.words(count, offset=offset) >> np.uint64(11)) + 0.5) * 2.0**-53
+        high_bits = (self.words(count, offset=offset) >> np.uint64(11)).astype(np.float64)
+        return (high_bits + 0.5) * 2.0**-53
 
     def normal(self, count: int, *, offset: int = 0) -> NDArray[np.float64]:
         """``count`` standard normal numbers, by inversion."""

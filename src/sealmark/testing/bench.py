@@ -1,0 +1,131 @@
+"""What the checks share: a task, a plain model, null models, and what a scheme makes of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cached_property
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torch import nn
+
+from sealmark.core import registry
+from sealmark.core.errors import PolicyError, UnsupportedError
+from sealmark.core.identity import UserMark
+from sealmark.core.integrity import WeightSeal
+from sealmark.core.lock import Lock
+from sealmark.core.ownership import Fingerprint, Watermark
+from sealmark.core.scheme import Scheme
+from sealmark.core.secret import Secret
+from sealmark.core.task import Batch, Recipe, Task
+from sealmark.core.training import train_task
+from sealmark.core.weights import ModelWeights
+
+_T = TypeVar("_T")
+USERS = ("alice", "bob", "carol", "dave", "erin")
+
+
+class Bench:
+    """A workbench: everything on it is made once, from fixed seeds, when first asked for.
+
+    Args:
+        task: the digits by default.
+    """
+
+    def __init__(self, task: Task | None = None) -> None:
+        self.task = task or registry.task("digits")
+        self._made: dict[object, object] = {}
+
+    def make(self, name: object, maker: Callable[[], _T]) -> _T:
+        """The thing of that name, made at the first call."""
+        if name not in self._made:
+            self._made[name] = maker()
+        return self._made[name]  # type: ignore[return-value]
+
+    @cached_property
+    def plain(self) -> nn.Module:
+        """The unprotected model that everything is compared with."""
+        return self.twin(0)
+
+    @cached_property
+    def strangers(self) -> list[nn.Module]:
+        """Independent models: other seeds, other rows, short and long training."""
+        recipes = [(1, self.task.owner), (3, self.task.owner), (3, self.task.attacker), (8, self.task.attacker)]
+        return [
+            train_task(
+                self.task,
+                rng=np.random.default_rng(100 + seed),
+                rows=rows,
+                recipe=Recipe(epochs, self.task.recipe.batch_size, self.task.recipe.rate),
+            )
+            for seed, (epochs, rows) in enumerate(recipes)
+        ]
+
+    @cached_property
+    def judges(self) -> Batch:
+        """Rows that neither model nor mark has seen: the test rows and the attacker's."""
+        return self.task.test.join(self.task.attacker)
+
+    def accuracy(self, model: nn.Module) -> float:
+        """The metric on `judges`; chance for a model that refuses to work or answers NaN."""
+        try:
+            return self.task.score(model, self.judges)
+        except PolicyError:
+            return self.task.chance
+
+    def protect(self, scheme: Scheme) -> tuple[nn.Module, Secret]:
+        """What the scheme makes of the model, and the scheme's secret (a lock's key, a seal's record).
+
+        A watermark is trained in from scratch; of a user mark it is the copy of ``USERS[0]``.
+        """
+        return self.make(scheme, lambda: self._protect(scheme))
+
+    def embed(self, scheme: Watermark, seed: int) -> tuple[nn.Module, Secret]:
+        """The scheme's mark, trained in from the same start and in the same order as `twin`."""
+        rng = np.random.default_rng(seed)
+        start = self.task.model(rng)
+        secret = scheme.keygen(start, self.task, rng=np.random.default_rng([1, seed]))
+        return scheme.embed(start, secret, self.task, rng=rng), secret
+
+    def twin(self, seed: int) -> nn.Module:
+        """An unprotected model, trained as its owner does."""
+        return self.make(seed, lambda: train_task(self.task, rng=np.random.default_rng(seed)))
+
+    def _protect(self, scheme: Scheme) -> tuple[nn.Module, Secret]:
+        rng = np.random.default_rng(1)
+        if isinstance(scheme, Watermark):
+            return self.embed(scheme, 0)
+        if isinstance(scheme, Fingerprint):
+            return self.plain, scheme.enroll(self.plain, self.task, rng=rng)
+        if isinstance(scheme, UserMark):
+            secret = scheme.enroll(self.plain, self.task, rng=rng)
+            return scheme.issue(self.plain, secret, USERS[0]).model, secret
+        if isinstance(scheme, WeightSeal):
+            sealed = scheme.seal(self.plain, self.task, rng=rng)
+            return sealed.model, sealed.secret
+        if isinstance(scheme, Lock):
+            locked = scheme.lock(self.plain, self.task, rng=rng)
+            return locked.model, locked.key
+        raise UnsupportedError("a scheme of no known kind", found=type(scheme).__name__)
+
+    def fresh(self, scheme: Scheme, seed: int) -> Secret:
+        """Another secret for the same model, by the same scheme with the same parameters.
+
+        Its facts are those of `protect`, its seed is another: a wrong secret of the right form.
+        """
+        _, secret = self.protect(scheme)
+        return Secret(np.random.default_rng(1000 + seed).bytes(32), secret.facts, secret.tensors)
+
+
+def state_bytes(model: nn.Module) -> bytes:
+    """All tensors of a model, one after the other: to compare bits and to search for secrets."""
+    weights = ModelWeights(model)
+    return b"".join(
+        weights[name].cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() for name in weights
+    )
+
+
+def same_bits(one: nn.Module, other: nn.Module) -> bool:
+    """Whether two models agree in every bit of every tensor."""
+    return ModelWeights(one).digest() == ModelWeights(other).digest()

@@ -1,0 +1,112 @@
+"""Properties of schemes that verify ownership."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+
+from sealmark.core.errors import AccessError, ForgedSecretError, ParameterError
+from sealmark.core.evidence import Verdict
+from sealmark.core.ownership import Verifiable
+from sealmark.core.suspect import Access, BlackBox, Suspect, WhiteBox
+from sealmark.core.weights import ModelWeights
+from sealmark.stats.calibration import super_uniformity
+from sealmark.testing.bench import Bench
+from sealmark.testing.general import refuses
+
+_WRONG = 40
+
+
+def check_protected_model_matches(scheme: Verifiable, bench: Bench) -> None:
+    """The model is recognized, with a p-value that says how sure."""
+    model, secret = bench.protect(scheme)
+    evidence = scheme.verify(WhiteBox(model), secret)
+    assert evidence.verdict is Verdict.MATCH, evidence
+    assert evidence.p_value <= evidence.alpha
+
+
+def check_strangers_do_not_match(scheme: Verifiable, bench: Bench) -> None:
+    """Independent models do not match, with the real secret or with fresh ones, and p-values hold."""
+    _, secret = bench.protect(scheme)
+    secrets = [secret, *(bench.fresh(scheme, seed) for seed in range(9))]
+    found = [scheme.verify(WhiteBox(stranger), key) for stranger in bench.strangers for key in secrets]
+    _assert_null(found)
+
+
+def check_wrong_secrets_do_not_match(scheme: Verifiable, bench: Bench) -> None:
+    """On the protected model itself, fresh secrets do not match, and p-values hold."""
+    model, _ = bench.protect(scheme)
+    _assert_null([scheme.verify(WhiteBox(model), bench.fresh(scheme, 50 + i)) for i in range(_WRONG)])
+
+
+def check_verdict_needs_a_null_that_reaches(scheme: Verifiable, bench: Bench) -> None:
+    """Asked for more certainty than its null can give, a scheme says INCONCLUSIVE, never MATCH."""
+    model, secret = bench.protect(scheme)
+    score = scheme.score(WhiteBox(model), secret)
+    if np.isfinite(score.null.floor):
+        evidence = scheme.verify(WhiteBox(model), secret, tries=1e300)
+        assert evidence.verdict is not Verdict.NO_MATCH or score.null.floor < np.log(1e-306)
+
+
+def check_tries_are_paid_for(scheme: Verifiable, bench: Bench) -> None:
+    """Searching among more hypotheses weakens the evidence."""
+    model, secret = bench.protect(scheme)
+    once = scheme.verify(WhiteBox(model), secret)
+    often = scheme.verify(WhiteBox(model), secret, tries=1e3)
+    assert often.log10_p >= min(0.0, once.log10_p + 2.99)
+
+
+def check_access_is_refused(scheme: Verifiable, bench: Bench) -> None:
+    """A suspect that does not show what the scheme reads is refused before any query."""
+    _, secret = bench.protect(scheme)
+    closed: Suspect = BlackBox(lambda inputs: torch.zeros(len(inputs)), returns="label")
+    if scheme.access & (Access.WEIGHTS | Access.MODULE | Access.LOGITS | Access.PROBABILITIES):
+        assert refuses(AccessError, lambda: scheme.verify(closed, secret))
+        assert closed.queries == 0
+    if scheme.access == Access.LABELS:
+        tight = WhiteBox(bench.plain, budget=0)
+        assert refuses(ParameterError, lambda: scheme.verify(tight, secret, alpha=2))
+        assert tight.queries == 0
+
+
+def check_suspect_is_untouched(scheme: Verifiable, bench: Bench) -> None:
+    """Verification changes neither weights nor modes, and gives the same answer twice."""
+    model, secret = bench.protect(scheme)
+    model.train()
+    before = ModelWeights(model).digest()
+    first, second = (scheme.verify(WhiteBox(model), secret) for _ in range(2))
+    assert model.training, "the suspect's mode was changed"
+    assert ModelWeights(model).digest() == before
+    assert first == second
+
+
+def check_forged_parts_are_refused(scheme: Verifiable, bench: Bench) -> None:
+    """A secret that carries a part of its own instead of the derived one is refused."""
+    model, secret = bench.protect(scheme)
+    for name, derived in scheme.derive(secret).items():
+        carried = scheme.new_secret(
+            ModelWeights(bench.plain), host=secret.host, tensors={**secret.tensors, name: derived * 0 - 1}
+        )
+        verify = partial(scheme.verify, WhiteBox(model), carried)
+        assert refuses(ForgedSecretError, verify), name
+
+
+def check_evidence_is_plain(scheme: Verifiable, bench: Bench) -> None:
+    """Evidence can be written as JSON, names its null and its commitment, and shows no secret."""
+    model, secret = bench.protect(scheme)
+    evidence = scheme.verify(WhiteBox(model), secret)
+    text = json.dumps(evidence.as_dict(), allow_nan=False)
+    assert secret.commitment in text
+    assert secret.reveal_seed().hex() not in text
+    assert evidence.null
+
+
+def _assert_null(found: list[Any]) -> None:
+    matched = [evidence for evidence in found if evidence.verdict is Verdict.MATCH]
+    assert not matched, f"{len(matched)} false matches, for one {matched[:1]}"
+    fit = super_uniformity([evidence.p_value for evidence in found])
+    assert fit > 1e-4, f"p-values are too small under the null: {fit:.2g}"
