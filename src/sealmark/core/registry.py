@@ -106,7 +106,7 @@ def item(kind: Kind, name: str) -> Item:
     return known[name]
 
 
-def scheme(name: str, **parameters: Any) -> Scheme:
+def scheme(name: str, /, **parameters: Any) -> Scheme:
     """A scheme by name, with parameters from Python, TOML or the command line (text is converted).
 
     Raises:
@@ -126,7 +126,7 @@ def scheme_of(secret: Secret) -> Scheme:
     return scheme(secret.scheme, **secret.facts.get("parameters", {}))
 
 
-def attack(name: str, **parameters: Any) -> Attack:
+def attack(name: str, /, **parameters: Any) -> Attack:
     """An attack by name; see `scheme`."""
     made: Attack = _make(item("attack", name).load(), parameters)
     return made

@@ -10,11 +10,9 @@ import contextlib
 import copy
 import hashlib
 import json
-import struct
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,6 +22,9 @@ from torch import Tensor, nn
 from sealmark.core.canonical import canonical_json, sha256_hex
 from sealmark.core.errors import FormatError, ModelMismatchError, ParameterError, UnknownNameError
 from sealmark.core.files import atomic_write
+from sealmark.core.layout import DTYPES as DTYPES
+from sealmark.core.layout import Header, parse_header, read_header
+from sealmark.core.layout import TensorInfo as TensorInfo
 from sealmark.core.secret import tensor_digest
 
 TensorMap = Callable[[str, Tensor], Tensor]
@@ -32,35 +33,7 @@ Progress = Callable[[str, int], None]  # (name of the tensor, its bytes), after 
 _T = TypeVar("_T")
 _PIECE = 4 << 20
 
-MAX_HEADER = 100_000_000
 INDEX = "model.safetensors.index.json"
-DTYPES = {
-    "BOOL": torch.bool, "U8": torch.uint8, "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64,
-    "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
-    "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64,
-}  # fmt: skip
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """Shape and type of a tensor, without its data."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-    @property
-    def count(self) -> int:
-        """Number of entries."""
-        count = 1
-        for size in self.shape:
-            count *= size
-        return count
-
-    @property
-    def is_float(self) -> bool:
-        """Whether it holds floating-point numbers."""
-        return self.dtype.is_floating_point
 
 
 class Weights(Mapping[str, Tensor], ABC):
@@ -78,6 +51,9 @@ class Weights(Mapping[str, Tensor], ABC):
         Raises:
             UnknownNameError: there is none.
         """
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.info
 
     def __iter__(self) -> Iterator[str]:
         return iter(sorted(self.info))
@@ -181,6 +157,35 @@ class FileWeights(Weights):
         return digest.hexdigest()
 
 
+class MemoryWeights(Weights):
+    """A safetensors file in memory; the tensors are views of its bytes, and keep it alive.
+
+    Args:
+        data: the bytes of the file; writable.
+
+    Raises:
+        FormatError: not sound safetensors.
+
+    Example:
+        >>> from safetensors.torch import save
+        >>> MemoryWeights(memoryview(bytearray(save({"a": torch.ones(2)}))))["a"].tolist()
+        [1.0, 1.0]
+    """
+
+    def __init__(self, data: memoryview) -> None:
+        header = parse_header(lambda start, end: bytes(data[start:end]), len(data), "the weights")
+        self._data, self._entries, self._start = data, header.entries, header.data_start
+        self.info = {name: entry.info for name, entry in header.entries.items()}
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._entries:
+            raise self._missing(name)
+        entry = self._entries[name]
+        raw = self._data[self._start + entry.start : self._start + entry.end]
+        aligned = (self._start + entry.start) % entry.info.dtype.itemsize == 0
+        return _as_tensor(raw if aligned else bytearray(raw), entry.info)
+
+
 class MappedWeights(Weights):
     """Weights as a change would leave them, computed when asked for; the change must keep their form."""
 
@@ -253,74 +258,6 @@ def rewrite_file(
             with atomic_write(target / INDEX) as file:
                 file.write(index.read_bytes())
         undo.pop_all()  # all went well: keep them
-
-
-@dataclass(frozen=True)
-class Entry:
-    """Where a tensor lies in a safetensors file's data area: bytes ``start`` to ``end``."""
-
-    info: TensorInfo
-    start: int
-    end: int
-
-
-@dataclass(frozen=True)
-class Header:
-    """A safetensors header, and the offset at which the data starts."""
-
-    raw: bytes
-    entries: Mapping[str, Entry]
-    metadata: Mapping[str, str]
-    data_start: int
-
-
-def read_header(path: Path) -> Header:
-    """Read and check the header of a safetensors file.
-
-    Raises:
-        ParameterError: no such file.
-        FormatError: anything but a well-formed header that covers the whole file with no holes.
-    """
-    if not path.is_file():
-        raise ParameterError("no such file", found=str(path), expected="a safetensors file")
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        prefix = file.read(8)
-        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else MAX_HEADER + 1
-        if length > min(MAX_HEADER, size - 8):
-            raise FormatError(f"{path}: not a safetensors file", found="no sound header length")
-        raw = prefix + file.read(length)
-    try:
-        parsed = json.loads(raw[8:], object_pairs_hook=_no_duplicates)
-        metadata = parsed.pop("__metadata__", {})
-        entries = {str(name): _entry(fields) for name, fields in parsed.items()}
-        if not all(isinstance(text, str) for item in metadata.items() for text in item):
-            raise ValueError("metadata must be text")
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise FormatError(f"{path}: not a safetensors file", found=f"a bad header ({error})") from None
-    position = 0
-    for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].end)):
-        if entry.start != position or entry.end - entry.start != entry.info.count * entry.info.dtype.itemsize:
-            raise FormatError(f"{path}: tensor {name!r} overlaps, leaves a hole or has a wrong size")
-        position = entry.end
-    if position != size - len(raw):
-        raise FormatError(f"{path}: truncated or oversized", expected=len(raw) + position, found=size)
-    return Header(raw, entries, metadata, len(raw))
-
-
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        raise ValueError("a name stands twice")
-    return result
-
-
-def _entry(fields: Mapping[str, Any]) -> Entry:
-    start, end = fields["data_offsets"]
-    shape = tuple(fields["shape"])
-    if not all(type(n) is int and 0 <= n < 2**63 for n in (*shape, start, end)):
-        raise ValueError("sizes must be whole and not negative")
-    return Entry(TensorInfo(shape, DTYPES[fields["dtype"]]), start, end)
 
 
 def _shards(path: Path) -> list[Path]:

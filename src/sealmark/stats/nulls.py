@@ -221,7 +221,7 @@ class _Ranked(Null):
     @property
     def floor(self) -> float:
         """1 / (1 + number of null statistics)."""
-        return -math.log(1 + len(self.statistics))
+        return math.log(1 / (1 + len(self.statistics)))
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(n={len(self.statistics)})"

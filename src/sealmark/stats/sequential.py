@@ -54,7 +54,7 @@ class EProcess:
     @property
     def log_e(self) -> float:
         """Natural logarithm of the e-value now."""
-        rates = self.p0 + (1 - self.p0) * np.arange(1, self.points + 1) / self.points
+        rates = np.linspace(self.p0, 1.0, self.points + 1)[1:]
         misses = self.queries - self.matches
         with np.errstate(divide="ignore", invalid="ignore"):
             lost = np.log1p(-rates) - math.log1p(-self.p0)

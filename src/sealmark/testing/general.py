@@ -12,6 +12,7 @@ from pathlib import Path
 
 from sealmark.core import registry
 from sealmark.core.errors import ForgedSecretError, ParameterError, SealmarkError
+from sealmark.core.lock import Lock
 from sealmark.core.scheme import Scheme
 from sealmark.core.secret import Secret
 from sealmark.core.weights import ModelWeights
@@ -60,10 +61,16 @@ def check_secret_file_round_trip(scheme: Scheme, bench: Bench) -> None:
 
 
 def check_secret_follows_from_the_seed(scheme: Scheme, bench: Bench) -> None:
-    """The same randomness gives the same protected model; other randomness another commitment."""
+    """The same randomness gives the same protected model; other randomness another commitment.
+
+    What refuses a wrong key is encrypted with a salt of its own each time, and opens to the same model.
+    """
     model, secret = bench.protect(scheme)
     again, same = Bench.protect(_like(bench), scheme)
     assert same == secret
+    if isinstance(scheme, Lock) and scheme.card.refuses_wrong_key:
+        assert state_bytes(again) != state_bytes(model), "encrypted twice with the same salt"
+        again, model = scheme.unlock(again, secret), scheme.unlock(model, same)
     assert state_bytes(again) == state_bytes(model)
     assert bench.fresh(scheme, 0) != secret
 

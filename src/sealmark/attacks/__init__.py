@@ -1,0 +1,1 @@
+"""What a thief does. One file, one attack."""

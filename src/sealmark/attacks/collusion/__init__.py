@@ -1,0 +1,1 @@
+"""Several users against their marks."""

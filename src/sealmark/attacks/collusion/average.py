@@ -1,0 +1,96 @@
+"""Several users average their copies: each one's mark fades, all else stays."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from sealmark.core.attack import Attack, Resources
+from sealmark.core.card import AttackCard
+from sealmark.core.errors import ModelMismatchError
+from sealmark.core.modes import chunks, evaluating
+
+
+@dataclass(frozen=True)
+class Average(Attack):
+    """The mean of all copies, tensor by tensor; counters and other integers are the first copy's.
+
+    Args:
+        recalibrate: measure the running statistics of batch normalization again on the attacker's rows,
+            where there are some. Averaged statistics fit marked copies of one model, not copies that were
+            trained apart.
+    """
+
+    recalibrate: bool = False
+
+    card = AttackCard(
+        title="Averaging the copies of several users",
+        citation="H. Chen, B. D. Rouhani, C. Fu, J. Zhao, F. Koushanfar, DeepMarks: A Secure Fingerprinting "
+        "Framework for Digital Rights Management of Deep Learning Models, ICMR 2019",
+        goal="a copy that names none of the colluders",
+        knowledge="the copies of two or more users",
+        level=1,
+        needs_data=False,
+        copies=2,
+        parameters="recalibrate: fresh statistics for batch normalization, from the attacker's rows",
+    )
+
+    def modify(
+        self,
+        copies: list[nn.Module],
+        resources: Resources,
+        rng: np.random.Generator,
+    ) -> tuple[nn.Module, int]:
+        """See `Attack.modify`.
+
+        Raises:
+            ModelMismatchError: the copies are not of one model.
+        """
+        result, states = copies[0], [copy.state_dict() for copy in copies]
+        _check_alike(states)
+        merged = {name: _mean([state[name] for state in states]) for name in states[0]}
+        result.load_state_dict(merged)
+        if self.recalibrate and resources.rows.rows > 1:
+            _recalibrate(result, resources.rows.inputs)
+        return result, 0
+
+
+def _mean(tensors: list[Tensor]) -> Tensor:
+    if not (isinstance(tensors[0], Tensor) and tensors[0].is_floating_point()):
+        return tensors[0]
+    total = torch.zeros_like(tensors[0], dtype=torch.float64)
+    for tensor in tensors:
+        total += tensor
+    return (total / len(tensors)).to(tensors[0].dtype)
+
+
+def _check_alike(states: list[dict[str, Tensor]]) -> None:
+    forms = [{k: tuple(v.shape) for k, v in state.items() if isinstance(v, Tensor)} for state in states]
+    for form in forms[1:]:
+        if form != forms[0]:
+            different = sorted({name for name, _ in form.items() ^ forms[0].items()})
+            raise ModelMismatchError(
+                "cannot average copies of different models",
+                expected="the same tensors in every copy",
+                found=f"differences in {different[:5]}",
+            )
+
+
+def _recalibrate(model: nn.Module, inputs: Tensor) -> None:
+    """Set running statistics to the mean over chunks of ``inputs``; nothing else learns or drops out."""
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    momenta = [norm.momentum for norm in norms]
+    with evaluating(model) as device:
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.train()
+        for index, chunk in enumerate(part for part in chunks(inputs) if len(part) > 1):
+            for norm in norms:
+                norm.momentum = 1 / (index + 1)  # a running mean over chunks
+            model(chunk.to(device))
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum

@@ -1,0 +1,1 @@
+"""May this person use it? One file, one lock."""

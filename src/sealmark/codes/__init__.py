@@ -1,0 +1,1 @@
+"""Collusion-resistant codes."""

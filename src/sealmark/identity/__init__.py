@@ -1,0 +1,1 @@
+"""Which user is this? One file, one user mark."""

@@ -1,0 +1,1 @@
+"""Was it changed? One file, one seal."""
