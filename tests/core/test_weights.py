@@ -198,6 +198,13 @@ def test_weights_of_takes_models_files_folders_and_weights(tmp_path: Path) -> No
     assert isinstance(weights_of(str(_single(tmp_path))), FileWeights)
 
 
+def test_asking_whether_a_tensor_is_there_does_not_load_it(tmp_path: Path) -> None:
+    weights = FileWeights(_single(tmp_path))
+    (tmp_path / "model.safetensors").unlink()
+    assert "scalar" in weights
+    assert "nothing" not in weights
+
+
 def test_mapped_weights_are_the_weights_after_the_change() -> None:
     model = nn.Linear(2, 2)
     before = copy.deepcopy(model.state_dict())

@@ -110,8 +110,22 @@ def test_a_file_that_shrinks_while_it_is_read_is_refused(tmp_path: Path) -> None
     path = _file(tmp_path, GOOD)
     weights = FileWeights(path)
     path.write_bytes(path.read_bytes()[:-1])
+    for read in (lambda: weights["a"], weights.digest):
+        with pytest.raises(FormatError, match="truncated while it was read"):
+            read()
+
+
+def test_a_file_that_shrinks_while_it_is_rewritten_is_refused_and_no_file_is_left(tmp_path: Path) -> None:
+    large = {"dtype": "U8", "shape": [10**6], "data_offsets": [8, 8 + 10**6]}  # more than is read ahead
+    path = _file(tmp_path, GOOD | {"large": large}, bytes(8 + 10**6))
+
+    def cut(name: str, tensor: torch.Tensor) -> torch.Tensor:
+        path.write_bytes(path.read_bytes()[:-1])
+        return tensor
+
     with pytest.raises(FormatError, match="truncated while it was read"):
-        weights["a"]
+        rewrite_file(path, tmp_path / "out", cut)
+    assert [left.name for left in tmp_path.iterdir()] == [path.name]
 
 
 @given(st.integers(0, 200), st.binary(max_size=3), st.integers(0, 3))

@@ -75,6 +75,14 @@ def test_500_wrong_secrets_match_like_coins(scratch):
     assert max(rates) < 167 / 256  # what p = 1e-6 would take
 
 
+def test_message_is_fair_and_belongs_to_its_secret(plain):
+    messages = [
+        SCHEME.derive(SCHEME.keygen(plain, rng=np.random.default_rng(seed)))["message"].numpy() for seed in range(20)
+    ]
+    assert abs(np.mean(messages) - 0.5) < 4 * 0.5 / np.sqrt(20 * 256)
+    assert len({message.tobytes() for message in messages}) == 20
+
+
 def test_payload_is_read_from_the_marked_model_and_not_from_another(scratch, plain, secret):
     assert SCHEME.decode(WhiteBox(scratch), secret) == b"sealmark"
     assert SCHEME.decode(WhiteBox(plain), secret) != b"sealmark"

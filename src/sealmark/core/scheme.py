@@ -19,6 +19,7 @@ import json
 from abc import ABC
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from typing import Any, ClassVar
 
 import numpy as np
@@ -98,7 +99,8 @@ class Scheme(ABC):
             "payload": payload.hex(),
             "tensors": {name: tensor_digest(tensor) for name, tensor in tensors.items()},
         }
-        return Secret(draw_seed(rng), facts, tensors)
+        now = datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
+        return Secret(draw_seed(rng), facts, tensors, created=now)
 
 
 def _plain(parameters: dict[str, Any]) -> dict[str, Any]:

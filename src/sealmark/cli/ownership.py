@@ -1,0 +1,242 @@
+"""``keygen``, ``embed``, ``verify``: is this suspect mine?"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from sealmark.cli.keeping import SecretChoice, Where, keep_evidence, name_for, warn_unsigned
+from sealmark.cli.kinds import of_kind, suspect_of
+from sealmark.cli.options import Architecture, Settings, Training, command
+from sealmark.cli.output import Output, epoch_progress, facts, note, p_text
+from sealmark.cli.staging import Force, check_free, staged, write_out
+from sealmark.core.errors import ParameterError, UnsupportedError
+
+if TYPE_CHECKING:
+    from sealmark.core.evidence import Evidence
+    from sealmark.core.scheme import Scheme
+    from sealmark.core.secret import Secret
+    from sealmark.vault import Vault
+
+Alpha = Annotated[float, typer.Option(help="Largest accepted chance of a false claim.")]
+EvidenceOut = Annotated[Path | None, typer.Option(metavar="FILE", help="Write the signed evidence here too.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda or auto.")]
+
+
+@command
+def keygen(
+    scheme: Annotated[str, typer.Argument(help="Its name; see `sealmark schemes`.")],
+    name: Annotated[str, typer.Option(help="Your name for the secret.")],
+    weights: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="The model that it is for; untrained without."),
+    ] = None,
+    payload: Annotated[str, typer.Option(metavar="TEXT", help="A message for the mark to carry.")] = "",
+    commitment_out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write the signed commitment.")
+    ] = None,
+    force: Force = False,
+    *,
+    network: Architecture,
+    settings: Settings,
+    training: Training,
+    where: Where,
+    output: Output,
+) -> None:
+    """Make a scheme's secret, keep it in the vault, print its commitment.
+
+    Publish the commitment before you release the model: it proves that the secret came first.
+    """
+    if commitment_out is not None:
+        check_free(commitment_out, force=force)
+    from sealmark.core import registry
+
+    made = registry.scheme(scheme, **settings.parameters())
+    with where.open() as vault:
+        chosen = name_for(vault, name, Path(name))
+        owner = vault.verify_key.raw.hex()
+        secret = _new_secret(made, weights, network, training, owner=owner, payload=payload.encode())
+        with vault.transaction():
+            vault.add_secret(chosen, secret)
+            if commitment_out is not None:
+                write_out(commitment_out, vault.publish_commitment(chosen), force=force)
+    document = {"secret": chosen, "scheme": made.name, "commitment": secret.commitment}
+    output.product(document, secret.commitment)
+    note(f"Kept as {chosen!r} in {where.vault}. Publish the commitment before you release the model.")
+
+
+@command
+def embed(
+    secret: Annotated[list[str], typer.Option(metavar="NAME", help="A secret in the vault; repeat for more.")],
+    out: Annotated[Path, typer.Option(metavar="FILE", help="The marked model.")],
+    task: Annotated[str, typer.Option(metavar="NAME", help="The network and the data to train with.")],
+    weights: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="A trained model to start from; from scratch without."),
+    ] = None,
+    epochs: Annotated[int | None, typer.Option(min=0, help="Passes over the data.")] = None,
+    rate: Annotated[float | None, typer.Option(min=0, help="Learning rate.")] = None,
+    force: Force = False,
+    *,
+    training: Training,
+    where: Where,
+    output: Output,
+) -> None:
+    """Train a model that carries one or more watermarks."""
+    check_free(out, force=force)
+    from sealmark.core import registry
+    from sealmark.core.modes import pick_device
+    from sealmark.core.ownership import Watermark, embed_all
+    from sealmark.core.suspect import WhiteBox
+    from sealmark.core.weights import ModelWeights
+    from sealmark.runtime.models import load_weights, save_model
+
+    device, rng = pick_device(training.device), training.rng()
+    with where.open() as vault:
+        secrets = [vault.secret(name) for name in secret]
+    marks = [(of_kind(registry.scheme_of(found), Watermark, "embed", "ownership"), found) for found in secrets]
+    made = registry.task(task)
+    model = made.model(rng)
+    if weights is not None:
+        load_weights(model, weights)
+    changes = {name: value for name, value in (("epochs", epochs), ("rate", rate)) if value is not None}
+    recipe = dataclasses.replace(made.recipe, **changes)  # type: ignore[arg-type]
+    with epoch_progress("embedding") as on_epoch, staged(out, force=force) as work:
+        marked = embed_all(marks, model.to(device), made, rng=rng, recipe=recipe, on_epoch=on_epoch)
+        save_model(marked, work)
+    found = {name: scheme.verify(WhiteBox(marked), key) for name, (scheme, key) in zip(secret, marks, strict=True)}
+    score, digest = made.score(marked), ModelWeights(marked).digest()
+    document = {
+        "out": str(out),
+        "digest": digest,
+        "metric": score,
+        "marks": {name: evidence.as_dict() for name, evidence in found.items()},
+    }
+    lines = {f"mark {name}": f"p = {p_text(evidence.log10_p)}" for name, evidence in found.items()}
+    output.product(document, facts({"marked model": out, "accuracy": f"{score:.4f}", **lines}))
+
+
+@command
+def verify(
+    suspect: Annotated[Path, typer.Argument(help="A safetensors file or a folder of shards.")],
+    alpha: Alpha = 1e-6,
+    tries: Annotated[
+        float, typer.Option(help="How many keys, models or seeds were tried; 1.8e19 allows for grinding.")
+    ] = 1,
+    commitment: Annotated[
+        str | None,
+        typer.Option(metavar="HEX", help="As published before release; another secret is refused."),
+    ] = None,
+    evidence_out: EvidenceOut = None,
+    device: Device = "cpu",
+    force: Force = False,
+    *,
+    choice: SecretChoice,
+    network: Architecture,
+    where: Where,
+    output: Output,
+) -> None:
+    """Is this suspect mine? Exit code 0 for a match, 1 for none.
+
+    --task or --model is needed for schemes that ask the suspect questions; weights are read without.
+    """
+    if evidence_out is not None:
+        check_free(evidence_out, force=force)
+    from sealmark.core import registry
+    from sealmark.core.ownership import Verifiable
+
+    with choice.read(where) as (secret, vault):
+        if evidence_out is not None and vault is None:
+            raise ParameterError("nothing to sign evidence with", advice="make a vault: sealmark init")
+        scheme = of_kind(registry.scheme_of(secret), Verifiable, "verify", "ownership")
+        seen = suspect_of(scheme.access, suspect, network, task=network.load_task(), device=device)
+        evidence = scheme.verify(seen, secret, alpha=alpha, tries=tries, commitment=commitment)
+        finish(evidence, suspect, vault, evidence_out, output, force=force)
+
+
+def finish(
+    evidence: Evidence,
+    suspect: Path,
+    vault: Vault | None,
+    evidence_out: Path | None,
+    output: Output,
+    *,
+    force: bool,
+    meaning: str = "",
+) -> None:
+    """Sign, keep and print a verdict about a file, and exit with its code; ``meaning`` is for people."""
+    from sealmark.core.evidence import Verdict
+    from sealmark.core.weights import weights_of
+    from sealmark.formats.evidence import SuspectRecord
+
+    number = ""
+    if vault is None:
+        warn_unsigned()
+    else:
+        record = SuspectRecord(weights_of(suspect).digest(), suspect.name)
+        data, number = keep_evidence(vault, evidence, record, subject=suspect.name)
+        if evidence_out is not None:
+            write_out(evidence_out, data, force=force)
+    details = {name: _figure(value) for name, value in evidence.details.items()}
+    lines = {
+        "verdict": f"{evidence.verdict.value}{meaning}",
+        "p-value": f"{p_text(evidence.log10_p)} (alpha {evidence.alpha:g}, {evidence.tries:g} tried)",
+        "scheme": evidence.scheme,
+        "statistic": f"{evidence.statistic:.6g} against {evidence.null}, {evidence.basis.value}",
+        "queries": evidence.queries,
+        **details,
+        "evidence": f"{number[:16]} in the vault" if number else "not signed",
+    }
+    output.product({**evidence.as_dict(), "evidence": number}, facts(lines))
+    if evidence.verdict is Verdict.INCONCLUSIVE:
+        note("Inconclusive: this secret is too small to ever reach alpha. Ask for a larger --alpha.")
+    if evidence.verdict is not Verdict.MATCH:
+        raise typer.Exit(1)
+
+
+def _figure(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return ", ".join(map(str, value)) or "none" if isinstance(value, (list, tuple)) else str(value)
+
+
+def _new_secret(
+    scheme: Scheme,
+    weights: Path | None,
+    network: Architecture,
+    training: Training,
+    *,
+    owner: str,
+    payload: bytes,
+) -> Secret:
+    from sealmark.core.identity import UserMark, WeightMark
+    from sealmark.core.ownership import Fingerprint, Watermark
+
+    if not isinstance(scheme, (Watermark, Fingerprint, UserMark)):
+        raise UnsupportedError(
+            f"{scheme.name} makes its own key",
+            expected="a watermark, a fingerprint or a user mark",
+            found=", ".join(scheme.card.function),
+            advice="use sealmark lock or sealmark seal",
+        )
+    if payload and not isinstance(scheme, Watermark):
+        raise ParameterError(f"{scheme.name} carries no payload", expected="none", found=f"{len(payload)} bytes")
+    if isinstance(scheme, WeightMark) and weights is not None and not network.given:
+        return scheme.enroll(weights, owner=owner)
+    if weights is None and not isinstance(scheme, Watermark):
+        raise ParameterError(f"{scheme.name} enrolls a trained model", expected="--weights FILE", found="none")
+    task = network.load_task()
+    if weights is None:
+        model = network.build(task, rng=training.rng())
+    else:
+        model = network.load(task, weights, device=training.device)
+    if isinstance(scheme, Watermark):
+        return scheme.keygen(model, task, owner=owner, payload=payload)
+    if isinstance(scheme, Fingerprint):
+        if task is None:
+            raise ParameterError(f"{scheme.name} needs data", expected="--task NAME", found="none")
+        return scheme.enroll(model, task, owner=owner)
+    return scheme.enroll(model, task, owner=owner)
