@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help setup demo test lint types figures bench clean
+.PHONY: help setup demo test lint types figures transformer bench clean
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
@@ -31,11 +31,16 @@ types: $(STAMP)  ## mypy --strict
 	$(BIN)/mypy
 
 test: lint types  ## lint, types, tests, doctests, coverage
-	$(BIN)/python -m pytest --cov --cov-report=term --cov-report=json:.coverage.json -m "not slow"
+	$(BIN)/python -m pytest --cov --cov-report=term --cov-report=json:.coverage.json -m "not slow and not transformer"
 	$(BIN)/python tests/coverage_floor.py .coverage.json
 
 figures: $(STAMP)  ## the figures over three seeds, into docs/results/
 	$(BIN)/python -m sealmark.evaluate.figures docs/results
+
+transformer: $(STAMP)  ## the real sentence transformer: its test and its figures
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[transformers]"
+	$(BIN)/python -m pytest -m transformer tests/examples
+	$(BIN)/python examples/minilm.py --out docs/results
 
 bench: $(STAMP)  ## the benchmarks, each beside its limit
 	$(BIN)/python benchmarks/run.py

@@ -77,7 +77,8 @@ def test_500_wrong_secrets_match_like_coins(scratch):
 
 def test_message_is_fair_and_belongs_to_its_secret(plain):
     messages = [
-        SCHEME.derive(SCHEME.keygen(plain, rng=np.random.default_rng(seed)))["message"].numpy() for seed in range(20)
+        SCHEME.derive(SCHEME.keygen(plain, rng=np.random.default_rng(seed)))["message"].numpy()
+        for seed in range(20)
     ]
     assert abs(np.mean(messages) - 0.5) < 4 * 0.5 / np.sqrt(20 * 256)
     assert len({message.tobytes() for message in messages}) == 20

@@ -61,5 +61,5 @@ def task() -> Task:
         test=rows.take(slice(_OWNER + _ATTACKER, None)),
         classes=10,
         chance=0.1,
-        recipe=Recipe(epochs=15, batch_size=64, rate=0.05),
+        recipe=Recipe(epochs=15, batch_size=64, rate=0.05, clip=1.0),
     )

@@ -33,13 +33,18 @@ def check_locked_is_useless(scheme: Lock, bench: Bench) -> None:
 
 
 def check_wrong_keys_are_useless(scheme: Lock, bench: Bench) -> None:
-    """Fresh keys and a key with one flipped bit give a useless model or a refusal, never a crash."""
+    """Fresh keys and a key with one flipped bit give a useless model or a refusal, never a crash.
+
+    Near chance on average, as untrained models are; the luckiest stays far below the plain model.
+    """
     _, key = bench.protect(scheme)
     near = bytearray(key.reveal_seed())
     near[0] ^= 1
-    wrong = [bench.fresh(scheme, seed) for seed in range(5)]
-    for other in [*wrong, Secret(bytes(near), key.facts, key.tensors)]:
-        _assert_useless(_accuracy_with(scheme, other, bench), bench)
+    wrong = [bench.fresh(scheme, seed) for seed in range(7)]
+    found = [_accuracy_with(scheme, k, bench) for k in [*wrong, Secret(bytes(near), key.facts, key.tensors)]]
+    _assert_useless(sum(found) / len(found), bench)
+    halfway = (bench.task.chance + bench.accuracy(bench.plain)) / 2
+    assert max(found) < halfway, f"one wrong key gives {max(found):.3f}"
 
 
 def check_artifact_holds_no_key(scheme: Lock, bench: Bench) -> None:
