@@ -267,20 +267,28 @@ def test_verify_holds_the_secret_to_its_commitment(marked: nn.Module, secret: Se
         MARK.verify(WhiteBox(marked), secret, commitment="0" * 64)
 
 
-def test_a_carried_part_is_accepted_only_if_it_follows_from_the_seed(model: nn.Module, secret: Secret) -> None:
-    def carrying(part: Tensor) -> Secret:
-        tensors = {"direction": part, "note": torch.zeros(1)}
-        digests = {name: tensor_digest(tensor) for name, tensor in tensors.items()}
-        return Secret(secret.reveal_seed(), secret.facts | {"tensors": digests}, tensors)
+def _carrying(secret: Secret, **tensors: Tensor) -> Secret:
+    digests = {name: tensor_digest(tensor) for name, tensor in tensors.items()}
+    return Secret(secret.reveal_seed(), secret.facts | {"tensors": digests}, tensors)
 
-    weight = model.get_parameter("0.weight").detach().reshape(-1)
-    fitted = carrying(weight.sign())  # a thief's key: solved for this very model, and committed
+
+def test_a_key_that_was_solved_for_the_model_is_refused_although_it_is_committed(
+    model: nn.Module, secret: Secret
+) -> None:
+    fitted = model.get_parameter("0.weight").detach().reshape(-1).sign()
     with pytest.raises(ForgedSecretError, match="direction does not follow from its seed"):
-        MARK.verify(WhiteBox(model), fitted)
-    honest = carrying(torch.zeros(weight.numel()))
-    honest = carrying(MARK.derive(honest)["direction"])
-    with pytest.raises(ForgedSecretError):
-        MARK.verify(WhiteBox(model), honest)  # a digest among the facts changes every stream
+        MARK.verify(WhiteBox(model), _carrying(secret, direction=fitted))
+
+
+def test_a_derived_part_cannot_be_carried_because_its_digest_changes_every_stream(
+    model: nn.Module, secret: Secret
+) -> None:
+    with pytest.raises(ForgedSecretError, match="does not follow"):
+        MARK.verify(WhiteBox(model), _carrying(secret, direction=MARK.derive(secret)["direction"]))
+
+
+def test_what_the_scheme_does_not_derive_may_be_carried(model: nn.Module, secret: Secret) -> None:
+    assert MARK.verify(WhiteBox(model), _carrying(secret, note=torch.zeros(1))).verdict is Verdict.NO_MATCH
 
 
 @pytest.mark.parametrize("options", [{"alpha": 0.0}, {"alpha": 1.0}, {"tries": 0}])
