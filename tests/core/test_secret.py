@@ -98,10 +98,21 @@ def test_another_seed_gives_another_stream() -> None:
 
 @pytest.mark.parametrize("fact", sorted(FACTS))
 def test_another_fact_gives_another_stream_and_another_commitment(fact: str) -> None:
-    other = _secret(**{fact: "changed"})
+    other = _secret(**{fact: {"changed": 1} if fact in ("host", "parameters") else "changed"})
     assert other.key("a") != _secret().key("a")
     assert other.commitment != _secret().commitment
     assert other != _secret()
+
+
+@pytest.mark.parametrize("fact", ["host", "parameters"])
+def test_facts_of_a_wrong_form_are_refused(fact: str) -> None:
+    with pytest.raises(ParameterError, match="objects under"):
+        _secret(**{fact: "text"})
+
+
+def test_a_missing_host_fact_tells_a_forged_secret() -> None:
+    with pytest.raises(ForgedSecretError, match="carriers"):
+        _secret(host={"layer": "fc"}).host["carriers"]
 
 
 def test_streams_of_different_labels_are_uncorrelated() -> None:

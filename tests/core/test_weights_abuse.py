@@ -192,3 +192,13 @@ def test_a_tensor_in_two_shards_is_refused(tmp_path: Path) -> None:
     (tmp_path / INDEX).write_text('{"weight_map":{"a":"one.safetensors","b":"two.safetensors"}}')
     with pytest.raises(FormatError, match="in two shards"):
         FileWeights(tmp_path)
+
+
+@pytest.mark.parametrize("listed", [{"a": "one", "b": "one"}, {"b": "one", "a": "two"}])
+def test_an_index_that_does_not_fit_its_shards_is_refused(tmp_path: Path, listed: dict[str, str]) -> None:
+    for name, shard in (("a", "one"), ("b", "two")):
+        save_file({name: torch.zeros(1)}, tmp_path / f"{shard}.safetensors")
+    index = {"weight_map": {name: f"{shard}.safetensors" for name, shard in listed.items()}}
+    (tmp_path / INDEX).write_text(json.dumps(index))
+    with pytest.raises(FormatError, match="does not list"):
+        FileWeights(tmp_path)

@@ -175,3 +175,10 @@ def test_a_secret_without_tensors_is_read_without_torch() -> None:
         "sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("fact", ["host", "parameters"])
+def test_facts_that_are_no_objects_are_refused(fact: str) -> None:
+    text = '{"%s":"text","scheme":"x"}' % fact  # noqa: UP031
+    with pytest.raises(FormatError, match="objects under"):
+        module._facts(text)

@@ -66,6 +66,8 @@ class Secret:
             self._facts = canonical_json(dict(facts))
         except (TypeError, ValueError) as error:
             raise ParameterError("facts are not plain JSON", found=error) from None
+        if not all(isinstance(facts.get(name, {}), Mapping) for name in ("host", "parameters")):
+            raise ParameterError("bad facts", expected="objects under 'host' and 'parameters'")
         self._seed = bytes(seed)
         self._salt = bytes.fromhex(sha256_hex(self._facts))
         self._memo: dict[object, Any] = {}
@@ -85,8 +87,11 @@ class Secret:
 
     @property
     def host(self) -> dict[str, Any]:
-        """What the scheme noted of the model when the secret was made."""
-        return dict(self.facts.get("host", {}))
+        """What the scheme noted of the model when the secret was made.
+
+        A fact that is asked for and missing raises ForgedSecretError: the scheme did not make this secret.
+        """
+        return _Host(self.facts.get("host", {}))
 
     @property
     def commitment(self) -> str:
@@ -161,6 +166,11 @@ class Secret:
 
 def _equal(one: str, other: str) -> bool:
     return secrets.compare_digest(one.encode(), other.encode())
+
+
+class _Host(dict[str, Any]):
+    def __missing__(self, name: str) -> NoReturn:
+        raise ForgedSecretError("the secret's facts are incomplete", expected=f"a fact {name!r}", found=list(self))
 
 
 def draw_seed(rng: np.random.Generator | None = None) -> bytes:

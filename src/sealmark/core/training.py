@@ -61,7 +61,7 @@ def train(
         loss: of the task.
         recipe: epochs, batch size, rate; SGD with momentum and a cosine decay.
         rng: order of rows, dropout and extras; the same state gives the same model on one machine.
-        terms: added to the loss at each step.
+        terms: added to the loss at each step; they see the batch without the extra rows.
         extras: rows appended to each batch.
         parameters: which to train; all by default.
         on_epoch: progress.
@@ -92,12 +92,12 @@ def train(
             sums = torch.zeros((), device=device)
             shuffled = torch.randperm(rows.rows, generator=order).to(device)
             for chunk in chunks(shuffled, recipe.batch_size):
-                batch = rows_on.take(chunk)
+                batch = own = rows_on.take(chunk)
                 for extra in extras:
                     batch = batch.join(extra(batch, rng))
                 value = loss(model(batch.inputs), batch.targets)
                 for term in terms:
-                    value = value + term(model, batch)
+                    value = value + term(model, own)
                 optimizer.zero_grad(set_to_none=True)
                 value.backward()  # type: ignore[no-untyped-call]
                 if recipe.clip:

@@ -123,6 +123,9 @@ class FileWeights(Weights):
                     raise FormatError(f"{path}: tensor {name!r} is in two shards")
                 self._home[name] = shard
                 self.info[name] = entry.info
+        listed = _weight_map(index) if (index := _index(self.path)) else None
+        if listed not in (None, {name: shard.name for name, shard in self._home.items()}):
+            raise FormatError(f"{path}: the index does not list what is in the shards")
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._home:
@@ -260,28 +263,38 @@ def rewrite_file(
         undo.pop_all()  # all went well: keep them
 
 
+def _index(path: Path) -> Path | None:
+    """The index of a sharded model; None for a single file, also when it lies alone in its folder."""
+    if not path.is_dir():
+        return path if path.suffix == ".json" else None
+    index = path / INDEX
+    return index if index.exists() or len([*path.glob("*.safetensors")]) != 1 else None
+
+
 def _shards(path: Path) -> list[Path]:
-    if path.is_dir():
-        index = path / INDEX
-        found = sorted(path.glob("*.safetensors"))
-        if not index.exists() and len(found) == 1:
-            return found
-        path = index
-    if path.suffix != ".json":
-        return [path]
-    if not path.is_file():
-        raise ParameterError("no model there", expected=f"a safetensors file or {INDEX}", found=str(path.parent))
-    try:
-        names = sorted(set(json.loads(path.read_bytes())["weight_map"].values()))
-        outside = [name for name in names if Path(name).name != name]
-    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
-        raise FormatError(f"{path}: not an index of shards", found=error) from None
+    index = _index(path)
+    if index is None:
+        return sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+    if not index.is_file():
+        raise ParameterError("no model there", expected=f"a safetensors file or {INDEX}", found=str(index.parent))
+    names = sorted(set(_weight_map(index).values()))
+    outside = [name for name in names if Path(name).name != name]
     if outside:
-        raise FormatError(f"{path}: a shard lies outside the folder", found=outside)
-    missing = [name for name in names if not (path.parent / name).is_file()]
+        raise FormatError(f"{index}: a shard lies outside the folder", found=outside)
+    missing = [name for name in names if not (index.parent / name).is_file()]
     if missing:
-        raise FormatError(f"{path}: shards are missing", found=missing)
-    return [path.parent / name for name in names]
+        raise FormatError(f"{index}: shards are missing", found=missing)
+    return [index.parent / name for name in names]
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    try:
+        listed: Any = json.loads(index.read_bytes())["weight_map"]
+        if all(isinstance(shard, str) for shard in listed.values()):
+            return dict(listed)
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+        raise FormatError(f"{index}: not an index of shards", found=error) from None
+    raise FormatError(f"{index}: not an index of shards", expected="a file name for each tensor")
 
 
 def _as_tensor(raw: Any, info: TensorInfo) -> Tensor:

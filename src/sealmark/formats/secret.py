@@ -174,6 +174,8 @@ def _facts(text: str) -> dict[str, Any]:
     digests = facts.get("tensors", {}) if isinstance(facts, dict) else None
     if not isinstance(digests, dict) or not all(isinstance(digest, str) for digest in digests.values()):
         raise FormatError("bad facts", expected="an object, with a digest for each tensor")
+    if not all(isinstance(facts.get(name, {}), dict) for name in ("host", "parameters")):
+        raise FormatError("bad facts", expected="objects under 'host' and 'parameters'")
     return dict(facts)
 
 
