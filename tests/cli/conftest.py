@@ -13,7 +13,7 @@ from torch import nn
 from typer.testing import CliRunner, Result
 
 from sealmark.cli.main import app
-from sealmark.runtime.models import save_model
+from sealmark.core.weights import save_model
 
 Shell = Callable[..., Result]
 

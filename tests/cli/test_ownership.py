@@ -14,11 +14,10 @@ from sealmark.core.evidence import Score, Verdict
 from sealmark.core.integrity import CodeNull
 from sealmark.core.ownership import Fingerprint
 from sealmark.core.suspect import Access
-from sealmark.core.weights import FileWeights, weights_of
+from sealmark.core.weights import FileWeights, save_model, weights_of
 from sealmark.crypto.signing import VerifyKey
 from sealmark.formats.envelope import verify_document
 from sealmark.formats.evidence import read_evidence
-from sealmark.runtime.models import save_model
 from sealmark.vault import Vault
 
 

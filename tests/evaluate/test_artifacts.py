@@ -11,20 +11,20 @@ import torch
 from torch import nn
 
 from sealmark.core.errors import ParameterError
-from sealmark.core.weights import weights_of
-from sealmark.evaluate.artifacts import environment, write_json, write_model
+from sealmark.core.weights import save_model, weights_of
+from sealmark.evaluate.artifacts import environment, write_json
 
 
 def test_a_written_model_reads_back_bit_for_bit(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Conv2d(1, 3, 2), nn.BatchNorm2d(3))
-    write_model(model, tmp_path / "model.safetensors")
+    save_model(model, tmp_path / "model.safetensors")
     assert weights_of(tmp_path / "model.safetensors").digest() == weights_of(model).digest()
 
 
 def test_tied_tensors_are_written_once(tmp_path: Path) -> None:
     model = nn.ModuleDict({"a": nn.Linear(2, 2), "b": nn.Linear(2, 2)})
     model["b"].weight = model["a"].weight
-    write_model(model, tmp_path / "model.safetensors")
+    save_model(model, tmp_path / "model.safetensors")
     assert sorted(weights_of(tmp_path / "model.safetensors")) == ["a.bias", "a.weight", "b.bias"]
 
 

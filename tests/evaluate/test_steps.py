@@ -15,8 +15,7 @@ from sealmark.core.errors import AccessError, FormatError, ParameterError
 from sealmark.core.lock import Lock
 from sealmark.core.suspect import Access, BlackBox, WhiteBox
 from sealmark.core.task import Task
-from sealmark.core.weights import weights_of
-from sealmark.evaluate.artifacts import write_model
+from sealmark.core.weights import save_model, weights_of
 from sealmark.evaluate.steps import (
     attack_figures,
     flip_bit,
@@ -95,7 +94,7 @@ def test_a_lock_that_refuses_has_no_accuracy_without_its_key(digits: Task, plain
 
 def test_a_sealed_file_refuses_everything_but_its_key_and_leaves_no_scrap(plain: nn.Module, tmp_path: Path) -> None:
     source, sealed = tmp_path / "a.safetensors", tmp_path / "a.sealed"
-    write_model(plain, source)
+    save_model(plain, source)
     found, _ = sealed_figures(cast("Lock", registry.scheme("sealed")), source, sealed, 0, keys=2, flips=5)
     assert found.exact
     assert (found.keys_refused, found.flips_refused) == (2, 5)

@@ -7,8 +7,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from sealmark.core.errors import FormatError, ModelMismatchError, ParameterError, ServiceError, UnknownNameError
-from sealmark.core.weights import FileWeights, ModelWeights
-from sealmark.runtime.models import build_model, load_weights, save_model
+from sealmark.core.weights import FileWeights, ModelWeights, save_model
+from sealmark.runtime.models import build_model, load_weights
 
 
 class Tied(nn.Module):

@@ -47,7 +47,7 @@ def attack(
     from sealmark.core import registry
     from sealmark.core.attack import Resources
     from sealmark.core.modes import pick_device
-    from sealmark.runtime.models import save_model
+    from sealmark.core.weights import save_model
 
     made, rng, device = registry.attack(name, **settings.parameters()), training.rng(), pick_device(training.device)
     known = registry.task(task)

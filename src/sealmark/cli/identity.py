@@ -219,7 +219,7 @@ def _user_secret(
 
 def _write_copy(mark: UserMark, model: Path, work: Path, key: Secret, user: str, network: Architecture) -> None:
     from sealmark.core.identity import WeightMark
-    from sealmark.runtime.models import save_model
+    from sealmark.core.weights import save_model
 
     if isinstance(mark, WeightMark):
         with tensor_progress(f"issuing to {user}", size_of(model)) as progress:

@@ -91,8 +91,8 @@ def embed(
     from sealmark.core.modes import pick_device
     from sealmark.core.ownership import Watermark, embed_all
     from sealmark.core.suspect import WhiteBox
-    from sealmark.core.weights import ModelWeights
-    from sealmark.runtime.models import load_weights, save_model
+    from sealmark.core.weights import ModelWeights, save_model
+    from sealmark.runtime.models import load_weights
 
     device, rng = pick_device(training.device), training.rng()
     with where.open() as vault:

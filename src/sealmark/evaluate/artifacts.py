@@ -11,25 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save
-from torch import nn
 
 from sealmark import __version__
 from sealmark.core.files import atomic_write
-from sealmark.core.weights import ModelWeights
-
-
-def write_model(model: nn.Module, path: Path) -> None:
-    """Write a model's tensors as safetensors, tied ones once.
-
-    Raises:
-        ParameterError: the folder does not exist.
-        ServiceError: the disk is full or refuses.
-    """
-    weights = ModelWeights(model)
-    data = save({name: weights[name].to("cpu").contiguous() for name in weights})
-    with atomic_write(path) as file:
-        file.write(data)
 
 
 def write_json(value: Mapping[str, Any], path: Path) -> None:

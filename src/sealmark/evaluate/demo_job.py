@@ -20,9 +20,9 @@ from sealmark.core.ownership import embed_all
 from sealmark.core.secret import Secret
 from sealmark.core.suspect import WhiteBox
 from sealmark.core.training import OnEpoch, train_task
-from sealmark.core.weights import weights_of
+from sealmark.core.weights import save_model, weights_of
 from sealmark.crypto.signing import SigningKey
-from sealmark.evaluate.artifacts import environment, write_model
+from sealmark.evaluate.artifacts import environment
 from sealmark.evaluate.steps import (
     Marks,
     attack_figures,
@@ -128,14 +128,14 @@ class Job:
         self.summary["marked"] = {"accuracy": task.score(self.marked), "ownership": found}
         for name, (_, secret) in self.marks.items():
             self._keep(name, secret)
-        write_model(self.marked, self.folder / "model.safetensors")
+        save_model(self.marked, self.folder / "model.safetensors")
         return f"accuracy {self.summary['marked']['accuracy']:.1%}, both marks read back"
 
     def lock(self, _: OnEpoch) -> str:
         """Two locks on the marked model: one on what it computes, one on its file."""
         neural = cast("Lock", registry.scheme("chaotic_weights"))
         locked = neural.lock(self.marked, self.task, rng=generator(self.seed, f"key {neural.name}"))
-        write_model(locked.model, self.folder / "locked.safetensors")
+        save_model(locked.model, self.folder / "locked.safetensors")
         self._keep(neural.name, locked.key)
         figures = lock_figures(neural, self.marked, self.task, self.seed)
         sealed = cast("Lock", registry.scheme("sealed"))
@@ -152,7 +152,7 @@ class Job:
         self._keep(self.scheme.name, self.secret)
         self.copies = {user: self.scheme.issue(self.marked, self.secret, user).model for user in USERS}
         for user, copy in self.copies.items():
-            write_model(copy, self.folder / "copies" / f"{user.lower().replace(' ', '-')}.safetensors")
+            save_model(copy, self.folder / "copies" / f"{user.lower().replace(' ', '-')}.safetensors")
         scores = {user: {"accuracy": self.task.score(copy)} for user, copy in self.copies.items()}
         self.summary["copies"] = scores
         return f"accuracy {min(entry['accuracy'] for entry in scores.values()):.1%} or more"
@@ -187,7 +187,7 @@ class Job:
             },
         ]
         for number, model in enumerate(self.leaks, 1):
-            write_model(model, self.folder / "leaks" / f"leak-{number}.safetensors")
+            save_model(model, self.folder / "leaks" / f"leak-{number}.safetensors")
         return f"accuracy {pruned.accuracy:.1%} and {mixed.accuracy:.1%}"
 
     def judge(self, _: OnEpoch) -> str:
@@ -220,7 +220,7 @@ class Job:
     def _integrity(self) -> dict[str, Any]:
         scheme = cast("WeightSeal", registry.scheme("reversible"))
         sealed = scheme.seal(self.marked, self.task, rng=generator(self.seed, "seal"))
-        write_model(sealed.model, self.folder / "sealed-against-change.safetensors")
+        save_model(sealed.model, self.folder / "sealed-against-change.safetensors")
         self._keep(scheme.name, sealed.secret)
         changed, tensor = flip_bit(sealed.model, generator(self.seed, "flip"))
         return {

@@ -24,7 +24,7 @@ from sealmark.core.secret import Secret
 from sealmark.core.suspect import WhiteBox
 from sealmark.core.task import Recipe, Task
 from sealmark.core.training import train_task
-from sealmark.evaluate.artifacts import write_model
+from sealmark.core.weights import save_model
 from sealmark.evaluate.steps import (
     AttackFigures,
     attack_figures,
@@ -196,7 +196,7 @@ def sealed_file_figures(base: Ground, folder: Path) -> Figures:
     """Authenticated encryption of the weight file."""
     lock = cast("Lock", registry.scheme("sealed"))
     source = folder / "model.safetensors"
-    write_model(base.plain, source)
+    save_model(base.plain, source)
     found, _ = sealed_figures(
         lock,
         source,

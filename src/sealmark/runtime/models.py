@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import importlib
 import inspect
-import json
-import struct
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,9 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from sealmark.core.errors import ModelMismatchError, ParameterError, UnknownNameError
-from sealmark.core.files import atomic_write
 from sealmark.core.modes import seeded
-from sealmark.core.weights import DTYPES, ModelWeights, Weights, weights_of
+from sealmark.core.weights import Weights, weights_of
 
 
 def build_model(reference: str, *, rng: np.random.Generator) -> nn.Module:
@@ -92,44 +89,6 @@ def load_weights(model: nn.Module, source: Weights | Path | str) -> None:
         for names in groups:
             name = next(name for name in names if name in weights.info)
             state[name].copy_(weights[name])
-
-
-def save_model(model: nn.Module, path: Path | str) -> None:
-    """Write the parameters and buffers of ``model`` to a safetensors file, whole or not at all.
-
-    Tied tensors are written once, under their first name. The same model gives the same bytes, and the
-    file has the digest of the live model.
-
-    Raises:
-        ParameterError: the folder is missing.
-        ServiceError: the disk is full or refuses; an old file then stands.
-
-    Example:
-        >>> import tempfile
-        >>> from sealmark.core.weights import FileWeights
-        >>> model = nn.Linear(2, 3)
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     save_model(model, Path(folder) / "a.safetensors")
-        ...     FileWeights(folder).digest() == ModelWeights(model).digest()
-        True
-    """
-    weights = ModelWeights(model)
-    codes = {dtype: code for code, dtype in DTYPES.items()}
-    # widest types first, so that every tensor lies aligned
-    order = sorted(weights, key=lambda name: (-weights.info[name].dtype.itemsize, name))
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name in order:
-        info = weights.info[name]
-        start, end = end, end + info.count * info.dtype.itemsize
-        header[name] = {"dtype": codes[info.dtype], "shape": list(info.shape), "data_offsets": [start, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    with atomic_write(path) as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        for name in order:
-            flat = weights[name].to("cpu").contiguous().reshape(-1)
-            file.write(flat.view(torch.uint8).numpy().data)
 
 
 def _factory(reference: str) -> Callable[[], Any]:
