@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import errno
 import io
 import itertools
 import secrets
-import threading
 from pathlib import Path
 
 import pytest
@@ -14,16 +12,12 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sealmark.core.errors import FormatError, ParameterError, ServiceError, TamperedError
+from sealmark.core.errors import ParameterError, TamperedError
 from sealmark.crypto.segments import (
     HEADER,
-    MAX_SEGMENTS,
     SEGMENT,
     TAG,
-    Segments,
     ciphertext_size,
-    plaintext_size,
-    segment_count,
 )
 from sealmark.crypto.streaming import (
     SeekableReader,
@@ -37,8 +31,6 @@ from sealmark.crypto.transfer import (
     file_store,
     memory_fetch,
     memory_store,
-    reserve,
-    spread,
 )
 
 KEY = bytes(range(32))
@@ -120,52 +112,6 @@ def test_tink_refuses_other_associated_data_of_ours():
 
     with pytest.raises(tink.TinkError):
         tink_decrypt(KEY, encrypt_bytes(KEY, b"layer", aad=b"a"), b"b")
-
-
-@pytest.mark.parametrize("size", SIZES)
-def test_the_sizes_are_inverse_and_true(size):
-    sealed = ciphertext_size(size)
-    assert plaintext_size(sealed) == size
-    assert len(encrypt_bytes(KEY, bytes(size))) == sealed
-
-
-@given(st.integers(0, 40 * SEGMENT))
-def test_every_size_belongs_to_one_plaintext_size_or_none(size):
-    try:
-        plain = plaintext_size(size)
-    except TamperedError:
-        assert size < HEADER + TAG or 1 <= size % SEGMENT <= TAG  # no room for a last segment
-    else:
-        assert ciphertext_size(plain) == size
-
-
-@pytest.mark.parametrize("size", [HEADER, HEADER + TAG - 1, SEGMENT + 1, SEGMENT + TAG, 3 * SEGMENT + TAG])
-def test_a_size_that_no_ciphertext_has_is_refused(size):
-    with pytest.raises(TamperedError, match="no ciphertext has this size"):
-        plaintext_size(size)
-    assert ciphertext_size(plaintext_size(size + TAG + 1)) == size + TAG + 1
-
-
-def test_segments_lie_side_by_side_in_both_streams():
-    segments = Segments(KEY, bytes([HEADER]) + bytes(39), 3 * FULL, b"")
-    plain = [segments.plain(i) for i in range(segments.count)]
-    sealed = [segments.sealed(i) for i in range(segments.count)]
-    assert [a[1] for a in plain] == [b[0] for b in plain[1:]] + [3 * FULL]
-    assert [a[1] for a in sealed] == [b[0] for b in sealed[1:]] + [ciphertext_size(3 * FULL)]
-    assert plain[0][0] == 0
-    assert sealed[0][0] == HEADER
-    assert all(segments.at(start) == segments.at(end - 1) == i for i, (start, end) in enumerate(plain))
-
-
-@pytest.mark.parametrize("size", [-1, MAX_SEGMENTS * FULL])
-def test_a_size_that_the_format_cannot_hold_is_refused(size):
-    with pytest.raises(ParameterError, match="4 PiB"):
-        ciphertext_size(size)
-
-
-def test_the_largest_size_is_accepted():
-    assert segment_count(MAX_SEGMENTS * FULL - HEADER) == MAX_SEGMENTS
-    assert ciphertext_size(MAX_SEGMENTS * FULL - HEADER) == MAX_SEGMENTS * SEGMENT
 
 
 @pytest.mark.parametrize("key", [b"", bytes(16), bytes(33)])
@@ -373,95 +319,6 @@ def test_progress_ends_with_all_of_it(plain, sealed):
     assert len(seen) == 3
     assert seen == sorted(seen)
     assert seen[-1] == (size, size)
-
-
-def test_a_source_that_ends_too_early_is_named(tmp_path: Path):
-    (tmp_path / "short").write_bytes(b"lay")
-    with (tmp_path / "short").open("rb") as source, pytest.raises(FormatError, match="truncated"):
-        encrypt_stream(KEY, 5, file_fetch(source), memory_store(bytearray(100)))
-
-
-def test_a_closed_source_is_named(tmp_path: Path):
-    (tmp_path / "plain").write_bytes(b"layer")
-    with (tmp_path / "plain").open("rb") as source:
-        fetch = file_fetch(source)
-    with pytest.raises(ParameterError, match="closed"):
-        fetch(0, memoryview(bytearray(5)))
-
-
-def test_a_disk_that_cannot_be_read_is_a_service_error(tmp_path: Path):
-    with (tmp_path / "write-only").open("wb") as source, pytest.raises(ServiceError, match="cannot read"):
-        file_fetch(source)(0, memoryview(bytearray(5)))
-
-
-def test_short_writes_are_continued(tmp_path: Path, monkeypatch):
-    import os
-
-    whole = os.pwrite
-    monkeypatch.setattr("os.pwrite", lambda file, data, offset: whole(file, data[:3], offset))
-    with (tmp_path / "target").open("w+b") as target:
-        file_store(target, 2)(1, memoryview(b"0123456789"))
-        assert (tmp_path / "target").read_bytes() == b"\0\0\0" + b"0123456789"
-
-
-def test_room_is_reserved_and_a_full_disk_is_met_at_once(tmp_path: Path, monkeypatch):
-    with (tmp_path / "target").open("w+b") as target:
-        reserve(target, 5000)
-        assert (tmp_path / "target").stat().st_size == 5000
-        monkeypatch.setattr("os.posix_fallocate", fail_with(errno.ENOSPC))
-        with pytest.raises(OSError, match="No space"):
-            reserve(target, 5000)
-
-
-def test_a_file_system_that_cannot_reserve_is_accepted(tmp_path: Path, monkeypatch):
-    monkeypatch.setattr("os.posix_fallocate", fail_with(errno.EOPNOTSUPP))
-    with (tmp_path / "target").open("w+b") as target:
-        reserve(target, 5000)
-    assert (tmp_path / "target").stat().st_size == 0
-
-
-def fail_with(number: int):
-    import os
-
-    def fail(*_: object) -> None:
-        raise OSError(number, os.strerror(number))
-
-    return fail
-
-
-@pytest.mark.parametrize("threads", [1, 2, 4])
-def test_each_piece_is_done_once(threads):
-    done: list[int] = []
-    spread(
-        range(3, 50), lambda piece, _: done.append(piece) or 1, scratch=1, threads=threads, total=47,
-        progress=None,
-    )  # fmt: skip
-    assert sorted(done) == list(range(3, 50))
-
-
-@pytest.mark.parametrize("fault", [ValueError, KeyboardInterrupt])
-@pytest.mark.parametrize("in_main", [True, False])
-def test_the_first_error_stops_all_threads_and_is_raised(fault, in_main):
-    done: list[int] = []
-    both = threading.Barrier(2, timeout=10)
-
-    def work(piece: int, scratch: memoryview) -> int:
-        if piece < 2:
-            both.wait()  # one piece for each thread
-            if (threading.current_thread() is threading.main_thread()) is in_main:
-                raise fault
-        done.append(piece)
-        return 1
-
-    with pytest.raises(fault):
-        spread(range(10_000_000), work, scratch=1, threads=2, total=1, progress=None)
-    assert len(done) < 1_000_000
-    assert threading.active_count() == 1
-
-
-def test_no_threads_are_refused():
-    with pytest.raises(ParameterError, match="1 or more"):
-        spread(range(1), lambda *_: 0, scratch=1, threads=0, total=0, progress=None)
 
 
 def test_the_wire_format_is_the_published_one():
