@@ -42,8 +42,8 @@ transformer: $(STAMP)  ## the real sentence transformer: its test and its figure
 	$(BIN)/python -m pytest -m transformer tests/examples
 	$(BIN)/python examples/minilm.py --out docs/results
 
-bench: $(STAMP)  ## the benchmarks, each beside its limit
-	$(BIN)/python benchmarks/run.py
+bench: $(STAMP)  ## sealing, opening and issuing 1 GiB, each beside its limit, into docs/results/speed.md
+	$(BIN)/python benchmarks/run.py --out docs/results/speed.md
 
 clean:  ## remove what make made
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .coverage .coverage.json sealmark-demo

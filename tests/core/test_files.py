@@ -10,7 +10,7 @@ from typing import NoReturn
 import pytest
 
 from sealmark.core.errors import ParameterError, ServiceError
-from sealmark.core.files import atomic_write
+from sealmark.core.files import atomic_write, reserve
 
 
 def _write(path: Path, data: bytes, *, mode: int = 0o644) -> None:
@@ -127,3 +127,28 @@ def test_a_secret_file_is_private_from_the_first_byte(tmp_path: Path) -> None:
         file.write(b"secret")
         (temporary,) = tmp_path.iterdir()
         assert temporary.stat().st_mode & 0o777 == 0o600
+
+
+def test_room_is_reserved_and_a_full_disk_is_met_at_once(tmp_path: Path, monkeypatch):
+    with (tmp_path / "target").open("w+b") as target:
+        reserve(target, 5000)
+        assert (tmp_path / "target").stat().st_size == 5000
+        monkeypatch.setattr("os.posix_fallocate", fail_with(errno.ENOSPC))
+        with pytest.raises(OSError, match="No space"):
+            reserve(target, 5000)
+
+
+def test_a_file_system_that_cannot_reserve_is_accepted(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr("os.posix_fallocate", fail_with(errno.EOPNOTSUPP))
+    with (tmp_path / "target").open("w+b") as target:
+        reserve(target, 5000)
+    assert (tmp_path / "target").stat().st_size == 0
+
+
+def fail_with(number: int):
+    import os
+
+    def fail(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    return fail

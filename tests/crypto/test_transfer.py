@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import threading
 from pathlib import Path
 
@@ -16,7 +15,6 @@ from sealmark.crypto.transfer import (
     file_fetch,
     file_store,
     memory_store,
-    reserve,
     spread,
 )
 
@@ -50,31 +48,6 @@ def test_short_writes_are_continued(tmp_path: Path, monkeypatch):
     with (tmp_path / "target").open("w+b") as target:
         file_store(target, 2)(1, memoryview(b"0123456789"))
         assert (tmp_path / "target").read_bytes() == b"\0\0\0" + b"0123456789"
-
-
-def test_room_is_reserved_and_a_full_disk_is_met_at_once(tmp_path: Path, monkeypatch):
-    with (tmp_path / "target").open("w+b") as target:
-        reserve(target, 5000)
-        assert (tmp_path / "target").stat().st_size == 5000
-        monkeypatch.setattr("os.posix_fallocate", fail_with(errno.ENOSPC))
-        with pytest.raises(OSError, match="No space"):
-            reserve(target, 5000)
-
-
-def test_a_file_system_that_cannot_reserve_is_accepted(tmp_path: Path, monkeypatch):
-    monkeypatch.setattr("os.posix_fallocate", fail_with(errno.EOPNOTSUPP))
-    with (tmp_path / "target").open("w+b") as target:
-        reserve(target, 5000)
-    assert (tmp_path / "target").stat().st_size == 0
-
-
-def fail_with(number: int):
-    import os
-
-    def fail(*_: object) -> None:
-        raise OSError(number, os.strerror(number))
-
-    return fail
 
 
 @pytest.mark.parametrize("threads", [1, 2, 4])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import secrets
 from collections.abc import Iterator
@@ -64,6 +65,20 @@ def atomic_write(path: Path | str, *, mode: int = 0o644) -> Iterator[BinaryIO]:
         ) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def reserve(file: BinaryIO, size: int) -> None:
+    """Claim ``size`` bytes of disk: a full disk is met before the work, and writing gets faster.
+
+    Raises:
+        OSError: the disk is full.
+    """
+    if size and hasattr(os, "posix_fallocate"):
+        try:
+            os.posix_fallocate(file.fileno(), 0, size)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):  # this file system cannot
+                raise
 
 
 def _sync_folder(folder: Path) -> None:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from sealmark.core.canonical import canonical_json, sha256_hex
 from sealmark.core.errors import FormatError, ModelMismatchError, ParameterError, UnknownNameError
-from sealmark.core.files import atomic_write
+from sealmark.core.files import atomic_write, reserve
 from sealmark.core.layout import DTYPES as DTYPES
 from sealmark.core.layout import Header, parse_header, read_header
 from sealmark.core.layout import TensorInfo as TensorInfo
@@ -367,6 +367,7 @@ def _rewrite_shard(
         return result
 
     with source.open("rb") as reader, atomic_write(target) as writer:
+        reserve(writer, source.stat().st_size)
         writer.write(header.raw)
         for (name, entry), result in zip(order, _one_ahead(changed, len(order)), strict=True):
             flat = result.reshape(-1).view(torch.uint8).numpy().data

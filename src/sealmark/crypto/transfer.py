@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import threading
 from collections.abc import Callable
@@ -61,20 +60,6 @@ def file_store(file: BinaryIO, start: int = 0) -> Store:
             done += os.pwrite(file.fileno(), buffer[done:], start + offset + done)
 
     return store
-
-
-def reserve(file: BinaryIO, size: int) -> None:
-    """Claim ``size`` bytes of disk: a full disk is met before the work, and writing gets faster.
-
-    Raises:
-        OSError: the disk is full.
-    """
-    if size and hasattr(os, "posix_fallocate"):
-        try:
-            os.posix_fallocate(file.fileno(), 0, size)
-        except OSError as error:
-            if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):  # this file system cannot
-                raise
 
 
 def memory_fetch(data: bytes | bytearray | memoryview) -> Fetch:

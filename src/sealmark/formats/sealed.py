@@ -17,11 +17,11 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from sealmark.core.errors import ParameterError
-from sealmark.core.files import atomic_write
+from sealmark.core.files import atomic_write, reserve
 from sealmark.crypto.recipients import Passphrase, Recipient
 from sealmark.crypto.segments import ciphertext_size
 from sealmark.crypto.streaming import encrypt_stream
-from sealmark.crypto.transfer import Progress, file_fetch, file_store, memory_fetch, memory_store, reserve
+from sealmark.crypto.transfer import Progress, file_fetch, file_store, memory_fetch, memory_store
 from sealmark.crypto.wrapping import Stanza, key_id, wrap
 from sealmark.formats.sealed_file import Opener, SealedFile, check_apart, open_regular, open_sealed
 from sealmark.formats.sealed_header import Body, SealedHeader, sniff_body

@@ -18,11 +18,11 @@ from sealmark.core.errors import (
     TamperedError,
     WrongKeyError,
 )
-from sealmark.core.files import atomic_write
+from sealmark.core.files import atomic_write, reserve
 from sealmark.crypto.recipients import Identity, Passphrase
 from sealmark.crypto.segments import SEGMENT, ciphertext_size
 from sealmark.crypto.streaming import SeekableReader
-from sealmark.crypto.transfer import Fetch, Progress, file_fetch, file_store, memory_fetch, reserve
+from sealmark.crypto.transfer import Fetch, Progress, file_fetch, file_store, memory_fetch
 from sealmark.crypto.wrapping import key_id, unwrap
 from sealmark.formats.sealed_header import PREFIX, SealedHeader, unpack_prefix
 
