@@ -73,7 +73,8 @@ class ChaoticWeights(WeightLock):
         needs_training=False,
         needs_data=False,
         reported="not verified: the paper itself was not at hand",
-        reproduced="docs/results/figures.md",
+        reproduced="digits, 3 seeds: unlocked bit for bit; 0.104 without a key, 0.103 on average with 20 "
+        "wrong keys, 0.243 with the luckiest of 60; attacker gain -0.03 (docs/results/figures.md)",
         broken_by=(
             "one look at the plain weights: matching values give the permutation",
             "matching against the public model that the victim was fine-tuned from (filters)",

@@ -70,7 +70,9 @@ class SpreadSpectrum(WeightMark):
         needs_training=False,
         needs_data=False,
         reported="length 4.94 % of Tardos's at 8 colluders (Nuida et al. 2009); no figures on networks",
-        reproduced="docs/results/figures.md",
+        reproduced="digits, 3 seeds, 20 users: one copy traced at p < 1e-220 after 50 % pruning, fine-tuning"
+        " or bf16, three averaged copies at p < 1e-40, nobody innocent; accuracy within 0.1 "
+        "points (docs/results/figures.md); all-MiniLM-L6-v2 (docs/results/minilm.md)",
         broken_by=(
             "permuting neurons, at no cost in accuracy (Pan et al. 2022), unless the suspect is aligned to the "
             "original first",

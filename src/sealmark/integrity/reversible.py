@@ -74,7 +74,8 @@ class Reversible(WeightSeal):
         needs_training=False,
         needs_data=False,
         reported="accuracy within 0.5 points, exact recovery (AlexNet to DenseNet121 on ImageNet)",
-        reproduced="docs/results/figures.md",
+        reproduced="digits, 3 seeds: 300 of 300 flipped bits found and placed, restored bit for bit, no loss"
+        " of accuracy (docs/results/figures.md)",
         broken_by=("whoever has the record can seal a changed model anew: it serves against outsiders",),
         deviations=(
             "integers instead of decimal digits, hence exact",

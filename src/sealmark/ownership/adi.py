@@ -86,8 +86,10 @@ class Adi(Watermark):
         target_models="classifiers",
         needs_training=True,
         needs_data=True,
-        reported="CIFAR-10, ResNet-18, 100 triggers: trigger accuracy 100 %, test accuracy within 0.4 points",
-        reproduced="docs/results/figures.md",
+        reported="CIFAR-10, ResNet-18, 100 triggers: trigger accuracy 100 %, test accuracy within 0.4 "
+        "points (from memory, not checked against the paper)",
+        reproduced="digits, 3 seeds: 30 of 30 triggers, p = 1e-30; accuracy within 0.4 points on average "
+        "(docs/results/figures.md)",
         broken_by=(
             "fine-tuning at a high rate after raising the weight decay (Shafieinejad et al. 2021)",
             "training a new model on its answers (Lukas et al. 2022)",

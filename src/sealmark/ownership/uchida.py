@@ -61,9 +61,10 @@ class Uchida(Watermark):
         target_models="any network with a convolutional or linear layer",
         needs_training=True,
         needs_data=True,
-        reported="256 bits in WRN-10-4 on CIFAR-10 with no loss of accuracy; survives fine-tuning and "
-        "pruning of 65 % of the weights",
-        reproduced="docs/results/figures.md",
+        reported="256 bits in WRN-10-4 on CIFAR-10; survives fine-tuning and pruning of 65 % of the "
+        "weights (abstract)",
+        reproduced="digits, 3 seeds: 256 bits at BER 0 and p = 2e-77, from scratch, by fine-tuning and in an"
+        " own loop; accuracy within 0.1 points on average (docs/results/figures.md)",
         broken_by=(
             "permuting the input channels of the layer, or dummy neurons, at no cost in accuracy "
             "(Yan et al. 2022, 2023), unless the suspect is aligned to the original first",

@@ -33,7 +33,7 @@ class Average(Attack):
         "Framework for Digital Rights Management of Deep Learning Models, ICMR 2019",
         goal="a copy that names none of the colluders",
         knowledge="the copies of two or more users",
-        level=1,
+        level=3,
         needs_data=False,
         copies=2,
         parameters="recalibrate: fresh statistics for batch normalization, from the attacker's rows",
