@@ -37,7 +37,7 @@ ACCUSATION = Accusation(
     ranking=(Ranked("Cobalt", 40.0, 1e-30, -30.0), Ranked("Delta", 1.0, 1.0, 0.0)),
     alpha=1e-6,
     users=20,
-    null="IndependentSum(terms=1024)",
+    null="Chernoff's bound on a sum of 1024 independent terms",
     basis=Basis.BOUND,
     scheme="spread_spectrum",
     commitment="cd" * 32,
@@ -123,8 +123,17 @@ def test_an_evidence_page_shows_verdict_p_value_and_what_it_rests_on(
         "time": "2031-05-17T09:30:00Z",
     }
     text = read_page(evidence_page(tmp_path, document)).text
-    for expected in ("The suspect carries the owner's mark.", "1.7 · 10⁻⁷⁷", "leak.safetensors", "key 1",
-                     "2031-05-17T09:30:00Z", "Binomial(n=256", "(exact)", "ab" * 32, "1 verdict,"):  # fmt: skip
+    for expected in (
+        "The suspect carries the owner's mark.",
+        "1.7 · 10⁻⁷⁷",
+        "leak.safetensors",
+        "key 1",
+        "1 verdict,",
+        "2031-05-17T09:30:00Z",
+        "Bin(256, 0.5), two-sided",
+        "(exact)",
+        "ab" * 32,
+    ):
         assert expected in text
 
 

@@ -351,3 +351,18 @@ class TestRanks:
     def test_an_empty_null_is_refused(self, kind: Callable[[tuple[float, ...]], Null]) -> None:
         with pytest.raises(ParameterError, match="empty null"):
             kind(())
+
+
+@pytest.mark.parametrize(
+    ("null", "words"),
+    [
+        (Binomial(256, 0.5, two_sided=True), "Bin(256, 0.5), two-sided"),
+        (Binomial(30, 0.1), "Bin(30, 0.1)"),
+        (KeyedProjection(), "a projection on keyed signs"),
+        (KeyedProjection(signs=False), "a projection on keyed normal directions"),
+        (Permutation((1.0, 2.0)), "rank among 2 fresh secrets"),
+        (Population((1.0,)), "rank among 1 independent models"),
+    ],
+)
+def test_a_law_is_told_in_words(null: Null, words: str) -> None:
+    assert str(null) == words

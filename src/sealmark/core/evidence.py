@@ -157,7 +157,7 @@ def judge(
         alpha=alpha,
         tries=tries,
         statistic=float(score.statistic),
-        null=repr(score.null),
+        null=str(score.null),
         basis=score.null.basis,
         scheme=scheme,
         commitment=commitment,

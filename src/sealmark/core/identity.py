@@ -180,7 +180,7 @@ class UserMark(Scheme):
             ranking=tuple(ranked[:_RANKED]),
             alpha=alpha,
             users=len(names),
-            null=repr(found.null),
+            null=str(found.null),
             basis=found.null.basis,
             scheme=self.name,
             commitment=secret.commitment,

@@ -60,6 +60,9 @@ class CodeNull(Null):
     bits: int
     basis = Basis.EXACT
 
+    def __str__(self) -> str:
+        return f"agreement with a keyed code of {self.bits} bits"
+
     def log_p(self, statistic: float) -> float:
         """``-bits`` doublings when all agrees (statistic 1), else 0."""
         return self.floor if statistic >= 1 else 0.0

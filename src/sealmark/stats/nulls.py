@@ -60,6 +60,9 @@ class Binomial(Null):
         if self.n < 1 or not 0 < self.p < 1 or (self.two_sided and self.p != 0.5):
             raise ParameterError("bad binomial null", expected="n >= 1, 0 < p < 1", found=(self.n, self.p))
 
+    def __str__(self) -> str:
+        return f"Bin({self.n}, {self.p:.4g}){', two-sided' if self.two_sided else ''}"
+
     def log_p(self, statistic: float) -> float:
         """Log P(M >= statistic); two-sided: log P(max(M, n - M) >= max(statistic, n - statistic))."""
         if not self.two_sided:
@@ -124,6 +127,9 @@ class KeyedProjection(Null):
     def basis(self) -> Basis:  # type: ignore[override]
         """A bound for signs, exact for normal directions."""
         return Basis.BOUND if self.signs else Basis.EXACT
+
+    def __str__(self) -> str:
+        return f"a projection on keyed {'signs' if self.signs else 'normal directions'}"
 
     def log_p(self, statistic: float) -> float:
         """See `Null.log_p`; statistics at or below 0 give 0."""
@@ -202,6 +208,9 @@ class IndependentSum(Null):
     def __repr__(self) -> str:
         return f"IndependentSum(terms={len(self.p)})"
 
+    def __str__(self) -> str:
+        return f"Chernoff's bound on a sum of {len(self.p)} independent terms"
+
 
 @dataclass(frozen=True)
 class _Ranked(Null):
@@ -238,6 +247,9 @@ class Permutation(_Ranked):
 
     basis = Basis.PERMUTATION
 
+    def __str__(self) -> str:
+        return f"rank among {len(self.statistics)} fresh secrets"
+
     @classmethod
     def draw(cls, statistic: Callable[[np.random.Generator], float], count: int, rng: np.random.Generator) -> Self:
         """``count`` statistics, each for a secret freshly drawn from ``rng``."""
@@ -253,6 +265,9 @@ class Population(_Ranked):
     """
 
     basis = Basis.POPULATION
+
+    def __str__(self) -> str:
+        return f"rank among {len(self.statistics)} independent models"
 
     @classmethod
     def of(cls, statistics: Iterable[float]) -> Self:
