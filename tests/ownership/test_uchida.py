@@ -8,7 +8,13 @@ import torch
 from torch import nn
 
 import sealmark
-from sealmark.core.errors import ForgedSecretError, ModelMismatchError, ParameterError, UnknownNameError
+from sealmark.core.errors import (
+    ForgedSecretError,
+    MarkFailedError,
+    ModelMismatchError,
+    ParameterError,
+    UnknownNameError,
+)
 from sealmark.core.evidence import Verdict
 from sealmark.core.modes import chunks
 from sealmark.core.secret import tensor_digest
@@ -143,6 +149,19 @@ def test_too_few_bits_for_the_level_are_inconclusive(plain):
     short = Uchida(layer="fc1.weight", bits=16)
     evidence = short.verify(WhiteBox(plain), short.keygen(plain))
     assert evidence.verdict is Verdict.INCONCLUSIVE
+
+
+def test_a_short_mark_that_is_whole_was_embedded_although_it_proves_nothing(toy):
+    rng = np.random.default_rng(0)
+    short = Uchida(layer="2.weight", bits=8, strength=1.0)
+    start = toy.model(rng)
+    key = short.keygen(start, rng=rng)
+    marked = short.embed(start, key, toy, rng=rng)
+    evidence = short.verify(WhiteBox(marked), key)
+    assert evidence.details["ber"] == 0
+    assert evidence.verdict is Verdict.INCONCLUSIVE
+    with pytest.raises(MarkFailedError):
+        short.check_embedded(start, key)
 
 
 def test_largest_host_is_chosen_where_none_is_named(plain):
