@@ -1,6 +1,5 @@
 # Two cores and one thread a process: two threads are slower on small nets.
 export OMP_NUM_THREADS ?= 1
-export PYTHONWARNINGS ?= default
 
 PYTHON ?= python3.11
 VENV := .venv

@@ -1,6 +1,4 @@
-import numpy as np
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -8,35 +6,10 @@ from sealmark.core.errors import ParameterError
 from sealmark.evaluate.metrics import (
     attacker_gain,
     authorization_gap,
-    bit_error_rate,
-    fidelity_drop,
     lock_strength,
 )
 
 SHARES = st.floats(0, 1, allow_subnormal=False)
-
-
-def test_a_worse_protected_model_has_a_positive_fidelity_drop():
-    assert fidelity_drop(0.98, 0.97) == pytest.approx(0.01)
-    assert fidelity_drop(0.97, 0.98) == pytest.approx(-0.01)
-
-
-@pytest.mark.parametrize(("wrong", "rate"), [(0, 0.0), (3, 0.3), (10, 1.0)])
-def test_the_bit_error_rate_is_the_share_of_wrong_bits(wrong, rate):
-    message = np.array([0, 1] * 5)
-    read = message.copy()
-    read[:wrong] ^= 1
-    assert bit_error_rate(read, message) == rate
-
-
-def test_tensors_and_booleans_are_bits_too():
-    assert bit_error_rate(torch.tensor([1, 0]), [True, True]) == 0.5
-
-
-@pytest.mark.parametrize(("read", "message"), [([1], [1, 0]), ([], []), ([[1]], [1])])
-def test_bits_that_cannot_be_compared_are_refused(read, message):
-    with pytest.raises(ParameterError, match="cannot compare the bits"):
-        bit_error_rate(read, message)
 
 
 @given(scratch=SHARES, plain=SHARES)

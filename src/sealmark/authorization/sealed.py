@@ -61,7 +61,7 @@ class SealedWeights(Lock):
         needs_training=False,
         needs_data=False,
         reported="confidentiality and integrity as long as AES-256-GCM and HKDF-SHA-256 hold",
-        reproduced="every other key and every flipped bit refused, in both directions with Tink; 1.2 x cp to"
+        reproduced="every other key and every flipped bit refused, in both directions with Tink; 1.3 x cp to"
         " disk (docs/results/figures.md, docs/results/speed.md)",
         broken_by=("a licensee who keeps what he opened: combine it with a mark of his own",),
         max_drop=0.0,

@@ -8,44 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
-from numpy.typing import ArrayLike
-
 from sealmark.core.errors import ParameterError
-
-
-def fidelity_drop(plain: float, protected: float) -> float:
-    """What protecting cost: ``A_plain - A_protected``; negative where it helped.
-
-    Example:
-        >>> fidelity_drop(plain=0.75, protected=0.5)
-        0.25
-    """
-    return plain - protected
-
-
-def bit_error_rate(read: ArrayLike, message: ArrayLike) -> float:
-    """Share of bits that were read wrong: 0 for a whole message, 0.5 for none, 1 for an inverted one.
-
-    Args:
-        read: (T,) of 0 and 1.
-        message: (T,) of 0 and 1.
-
-    Raises:
-        ParameterError: of different lengths, or empty.
-
-    Example:
-        >>> bit_error_rate([1, 0, 1, 1], [1, 0, 0, 1])
-        0.25
-    """
-    found, expected = np.asarray(read), np.asarray(message)
-    if found.shape != expected.shape or not found.size:
-        raise ParameterError(
-            "cannot compare the bits",
-            expected=f"{max(1, expected.size)} bits",
-            found=f"shapes {found.shape} and {expected.shape}",
-        )
-    return float(np.mean(found != expected))
 
 
 def attacker_gain(attacked: float, scratch: float, plain: float) -> float | None:

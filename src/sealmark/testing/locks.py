@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 
 from sealmark.core.errors import ArtifactError, ParameterError, PolicyError, WrongKeyError
@@ -33,22 +33,17 @@ def check_locked_is_useless(scheme: Lock, bench: Bench) -> None:
 
 
 def check_wrong_keys_are_useless(scheme: Lock, bench: Bench) -> None:
-    """Fresh keys and a key with one flipped bit give a useless model or a refusal, never a crash.
-
-    Near chance on average, as untrained models are; the luckiest stays far below the plain model.
-    """
+    """Fresh keys and a key with one flipped bit give a useless model or a refusal, never a crash."""
     _, key = bench.protect(scheme)
     near = bytearray(key.reveal_seed())
     near[0] ^= 1
     wrong = [bench.fresh(scheme, seed) for seed in range(7)]
-    found = [_accuracy_with(scheme, k, bench) for k in [*wrong, Secret(bytes(near), key.facts, key.tensors)]]
-    _assert_useless(sum(found) / len(found), bench)
-    halfway = (bench.task.chance + bench.accuracy(bench.plain)) / 2
-    assert max(found) < halfway, f"one wrong key gives {max(found):.3f}"
+    for other in [*wrong, Secret(bytes(near), key.facts, key.tensors)]:
+        _assert_useless(_accuracy_with(scheme, other, bench), bench)
 
 
 def check_artifact_holds_no_key(scheme: Lock, bench: Bench) -> None:
-    """No eight bytes in a row of the seed or of a plain weight tensor's start in what is shipped."""
+    """No eight bytes in a row of the key's seed are in what is shipped."""
     model, key = bench.protect(scheme)
     shipped, seed = state_bytes(model), key.reveal_seed()
     assert not any(seed[i : i + 8] in shipped for i in range(len(seed) - 7))
@@ -68,11 +63,9 @@ def check_file_form(scheme: Lock, bench: Bench) -> None:
         plain, locked, opened = (folder / stem for stem in ("plain.safetensors", "locked", "opened.safetensors"))
         save_file(dict(ModelWeights(bench.plain)), plain)
         key = scheme.lock_file(plain, locked)
-        assert plain.read_bytes()[:64] != b""
         assert locked.read_bytes() != plain.read_bytes()
         scheme.unlock_file(locked, opened, key)
         assert opened.read_bytes() == plain.read_bytes()
-        assert load_file(opened).keys() == dict(ModelWeights(bench.plain)).keys()
         opened.unlink()
         other = scheme.lock_file(plain, folder / "other")
         assert refuses(WrongKeyError, lambda: scheme.unlock_file(locked, opened, other))
