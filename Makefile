@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help setup demo test lint types figures transformer bench clean
+.PHONY: help setup demo test lint types figures whitebox transformer lineage bench pages clean
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
@@ -30,19 +30,30 @@ types: $(STAMP)  ## mypy --strict
 	$(BIN)/mypy
 
 test: lint types  ## lint, types, tests, doctests, coverage
-	$(BIN)/python -m pytest --cov --cov-report=term --cov-report=json:.coverage.json -m "not slow and not transformer"
+	$(BIN)/python -m pytest -n 2 --dist loadfile --cov --cov-report=term --cov-report=json:.coverage.json -m "not slow and not transformer"
 	$(BIN)/python tests/coverage_floor.py .coverage.json
 
 figures: $(STAMP)  ## the figures over three seeds, into docs/results/
 	$(BIN)/python -m sealmark.evaluate.figures docs/results
+
+whitebox: $(STAMP)  ## every white-box mark, attacked, rewritten and aligned, into docs/results/
+	$(BIN)/python -m sealmark.evaluate.whitebox docs/results
+
+pages: $(STAMP)  ## docs/schemes, docs/attacks.md and docs/patents.md, from the cards
+	$(BIN)/python -m sealmark.evaluate.pages docs
+
+lineage: $(STAMP)  ## is one transformer derived from another? into docs/results/
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[transformers]"
+	cd examples && ../$(BIN)/python lineage.py --out ../docs/results
 
 transformer: $(STAMP)  ## the real sentence transformer: its test and its figures
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[transformers]"
 	$(BIN)/python -m pytest -m transformer tests/examples
 	$(BIN)/python examples/minilm.py --out docs/results
 
-bench: $(STAMP)  ## sealing, opening and issuing 1 GiB, each beside its limit, into docs/results/speed.md
+bench: $(STAMP)  ## files of 1 GiB beside their limit, marked training steps beside plain ones, into docs/results/
 	$(BIN)/python benchmarks/run.py --out docs/results/speed.md
+	$(BIN)/python benchmarks/training.py --out docs/results/training-speed.md
 
 clean:  ## remove what make made
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .coverage .coverage.json sealmark-demo

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from sealmark.core import registry
-from sealmark.core.attack import Attack, Resources
+from sealmark.core.attack import Resources
 from sealmark.core.errors import PolicyError, WrongKeyError
 from sealmark.core.files import atomic_write
 from sealmark.core.identity import WeightMark
@@ -42,8 +42,8 @@ from sealmark.evaluate.artifacts import environment, write_json
 from sealmark.evaluate.steps import generator, refuses, same_bits
 from sealmark.stats.nulls import Binomial
 
-STRENGTH = 0.005  # the default, 0.05, moves the embeddings more than a seller of embeddings would like
-STRENGTHS = (0.05, 0.02, 0.01, STRENGTH, 0.002)
+STRENGTH = 0.005  # the default, 0.03, moves the embeddings more than a seller of embeddings would like
+STRENGTHS = (0.05, 0.03, 0.02, 0.01, STRENGTH, 0.002)
 LEAKS: dict[str, tuple[int, tuple[tuple[str, dict[str, Any]], ...]]] = {
     "as issued": (1, ()),
     "bfloat16": (1, (("quantize", {"scheme": "bf16"}),)),
@@ -193,7 +193,7 @@ def run_strengths(bench: Bench, strengths: Sequence[float]) -> list[dict[str, fl
 def attacked(bench: Bench, copies: Sequence[nn.Module], attacks: Sequence[tuple[str, dict[str, Any]]]) -> nn.Module:
     models = list(copies)
     for name, parameters in attacks:
-        attack: Attack = registry.attack(name, **parameters)
+        attack = registry.modification(name, **parameters)
         models = [attack.run(models, Resources.of(bench.task), rng=generator(0, name)).model]
     return models[0]
 

@@ -8,7 +8,7 @@ from sealmark.core import registry
 from sealmark.testing import Bench, attack_checks, scheme_checks
 
 SCHEMES = [(name, check) for name in registry.items("scheme") for check in scheme_checks(registry.scheme(name))]
-ATTACKS = [(name, check) for name in registry.items("attack") for check in attack_checks()]
+ATTACKS = [(name, check) for name in registry.items("attack") for check in attack_checks(registry.attack(name))]
 
 
 @pytest.fixture(scope="session")
@@ -18,7 +18,8 @@ def bench() -> Bench:
 
 @pytest.mark.parametrize(("name", "check"), [pytest.param(*c, id=f"{c[0]}: {c[1].name}") for c in SCHEMES])
 def test_scheme(name, check, bench):
-    check.run(registry.scheme(name), bench)
+    scheme = registry.scheme(name)
+    check.run(scheme, bench.of(scheme))
 
 
 @pytest.mark.parametrize(("name", "check"), [pytest.param(*c, id=f"{c[0]}: {c[1].name}") for c in ATTACKS])

@@ -178,7 +178,7 @@ def test_a_revoked_users_licenses_are_on_the_list(sealmark, desk):
         (f"issue {PLAIN} --user ada --user bob --out marked.safetensors", 2, "is there already"),
         (f"issue {PLAIN} --user ada --out no/new", 2, "an existing folder"),
         (f"issue {PLAIN} --user ada --secret nobodys --out new", 2, "no secret 'nobodys'"),
-        (f"issue {PLAIN} --user ada --secret mine --out new", 2, "one of spread_spectrum"),
+        (f"issue {PLAIN} --user ada --secret mine --out new", 2, "spread_spectrum, found a scheme for ownership"),
         (f"issue {PLAIN} --user ada --scheme uchida --out new", 2, "cannot issue with uchida"),
         (f"issue {PLAIN} --user ada --set strenght=1 --out new", 2, "strength"),
         ("issue marked.safetensors --user ada --secret team --out new", 3, "MODEL_MISMATCH"),
@@ -235,10 +235,10 @@ class Stamp(UserMark):
 
     access = Access.MODULE
 
-    def enroll(self, model, task=None, *, owner="", rng=None):
+    def enroll(self, model, task=None, *, users=(), owner="", rng=None):
         return self.new_secret(weights_of(model), owner=owner, rng=rng)
 
-    def issue(self, model, secret, user):
+    def issue(self, model, secret, user, *, task=None):
         marked = copy.deepcopy(model)
         with torch.no_grad():
             marked.fc2.bias[0] += self._number(secret, user)

@@ -7,6 +7,7 @@ import pytest
 
 from sealmark.core.errors import ServiceError
 from sealmark.core.integrity import WeightSeal
+from sealmark.core.weights import weights_of
 from sealmark.vault import Vault
 
 PLAIN = "plain.safetensors"
@@ -80,7 +81,7 @@ def test_a_customer_checks_with_a_record_file_and_no_vault(sealmark, desk):
         ("seal vault.key --out new", 3, "safetensors"),
         (f"seal {PLAIN} --out marked.safetensors", 2, "--force"),
         (f"seal {PLAIN} --out new --name mine", 2, "already"),
-        (f"seal {PLAIN} --out new --scheme uchida", 2, "one of reversible"),
+        (f"seal {PLAIN} --out new --scheme uchida", 2, "one of mimosanet, reversible"),
         (f"check {PLAIN} --secret mine", 2, "cannot check with uchida"),
         (f"check {PLAIN} --secret mine --evidence-out vault.key", 2, "--force"),
         (f"check {PLAIN} --secret-file record.safetensors --vault none --evidence-out e", 2, "nothing to sign"),
@@ -94,6 +95,18 @@ def test_a_wrong_call_writes_nothing_and_keeps_no_record(sealmark, desk, content
     assert said in sealmark(line, code=code).stderr
     assert contents() == before
     assert sealmark("vault list --json").stdout == kept
+
+
+def test_a_seal_that_rebuilds_layers_needs_the_network(sealmark, desk):
+    line = f"{SEAL} --scheme mimosanet"
+    assert "which network?" in sealmark(line, code=2).stderr
+    sealmark(f"{line} --task digits")
+    sealmark("check sealed.safetensors --secret sealed")
+    sealmark("restore sealed.safetensors --secret sealed --out back.safetensors --task digits")
+    assert weights_of("back.safetensors").digest() == weights_of(PLAIN).digest()
+    flip("sealed.safetensors", -5)
+    sealmark("check sealed.safetensors --secret sealed", code=1)
+    sealmark("restore sealed.safetensors --secret sealed --out again.safetensors --task digits", code=3)
 
 
 @pytest.mark.parametrize(("error", "code"), [(KeyboardInterrupt(), 130), (ServiceError("disk full"), 4)])

@@ -39,8 +39,9 @@ def test_attacks_lists_every_attack_with_its_card(sealmark):
 
 def test_tasks_lists_every_task_with_a_line(sealmark):
     tasks = json.loads(sealmark("tasks --json").stdout)["tasks"]
-    assert tasks[0]["name"] == "digits"
-    assert "1,797" in tasks[0]["title"]
+    titles = {task["name"]: task["title"] for task in tasks}
+    assert list(titles) == list(items("task"))
+    assert "1,797" in titles["digits"]
 
 
 @pytest.mark.parametrize("kind", ["scheme", "attack"])

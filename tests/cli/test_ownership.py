@@ -6,10 +6,12 @@ from datetime import UTC, datetime
 from importlib.metadata import EntryPoint
 from pathlib import Path
 
+import numpy as np
 import pytest
 from torch import nn
 
 from sealmark.core import registry
+from sealmark.core.errors import ParameterError
 from sealmark.core.evidence import Score, Verdict
 from sealmark.core.integrity import CodeNull
 from sealmark.core.ownership import Fingerprint
@@ -71,7 +73,7 @@ def test_keygen_for_a_model_of_ones_own(sealmark, desk):
     ("line", "said"),
     [
         ("uchida --name second", "which network?"),
-        ("uchida --name second --task nonsense", "one of digits"),
+        ("uchida --name second --task nonsense", "one of cifar10, digits, tokens"),
         ("uchida --name second --task digits --set bit=3", "one of layer, bits, strength"),
         ("uchida --name second --task digits --set bits", "NAME=VALUE"),
         ("uchida --name second --task digits --set bits=many", "expected int"),
@@ -229,7 +231,10 @@ def test_verify_does_not_overwrite_evidence_without_force(sealmark, desk):
 
 def test_verify_refuses_the_secret_of_another_kind(sealmark, desk):
     sealmark("lock plain.safetensors --scheme chaotic_weights --out l.safetensors --name key")
-    assert "one of adi, uchida" in sealmark("verify l.safetensors --secret key", code=2).stderr
+    assert (
+        "cannot verify with chaotic_weights: expected one of adi, "
+        in sealmark("verify l.safetensors --secret key", code=2).stderr
+    )
 
 
 @dataclass(frozen=True)
@@ -238,7 +243,9 @@ class Behavior(Fingerprint):
 
     access = Access.LABELS
 
-    def enroll(self, model, task, *, owner="", rng=None):
+    def enroll(self, model, task=None, *, references=(), owner="", rng=None):
+        if task is None:
+            raise ParameterError("no data", expected="a task")
         rows = task.test.inputs[:64]
         answers = model(rows).argmax(-1)
         return self.new_secret(weights_of(model), tensors={"rows": rows, "answers": answers}, owner=owner)
@@ -272,5 +279,46 @@ def test_a_fingerprint_is_enrolled_and_verified(sealmark, desk, behavior):
 
 def test_a_fingerprint_asks_for_data_and_a_trained_model(sealmark, desk, behavior):
     line = f"keygen {behavior} --name print --model sealmark.tasks.digits:DigitsNet"
-    assert "--task NAME" in sealmark(f"{line} --weights plain.safetensors", code=2).stderr
+    assert "expected a task" in sealmark(f"{line} --weights plain.safetensors", code=2).stderr
     assert "--weights FILE" in sealmark(line, code=2).stderr
+
+
+def test_what_embedding_learned_is_kept_as_a_secret_of_its_own(sealmark, desk):
+    sealmark("keygen passport_normalization --name branch --task digits --set layers=conv3")
+    told = sealmark("embed --secret branch --task digits --epochs 4 --out learned.safetensors --json")
+    assert list(json.loads(told.stdout)["marks"]) == ["branch.learned"]
+    assert "verify with --secret branch.learned" in told.stderr
+    sealmark("verify learned.safetensors --secret branch.learned --task digits")
+    with Vault.open(".sealmark", key_file="vault.key") as vault:
+        before, after = vault.secret("branch"), vault.secret("branch.learned")
+    assert before.commitment != after.commitment
+    assert after.tensors
+
+
+def test_verify_undoes_rearranged_neurons_with_the_original(sealmark, desk):
+    sealmark("attack permute marked.safetensors --task digits --out moved.safetensors")
+    sealmark("verify moved.safetensors --secret mine", code=1)
+    found = json.loads(
+        sealmark("verify moved.safetensors --secret mine --original marked.safetensors --task digits --json").stdout
+    )
+    assert (found["verdict"], found["basis"]) == ("MATCH", "aligned")
+    assert found["details"]["alignment"]["moved"] > 100
+    shown = sealmark("verify moved.safetensors --secret mine --original marked.safetensors --task digits").stdout
+    assert "agreement 1" in shown
+    told = sealmark("verify moved.safetensors --secret mine --original marked.safetensors", code=2).stderr
+    assert "which network?" in told
+
+
+def test_lineage_is_read_from_files_and_unrelated_models(sealmark, desk):
+    tokens = registry.task("tokens")
+    for number, name in enumerate(("base", "one", "two")):
+        save_model(tokens.model(np.random.default_rng(number)), f"{name}.safetensors")
+    line = "keygen awm --name base --weights base.safetensors"
+    assert "learns its law from unrelated models" in sealmark(line, code=2).stderr
+    sealmark(f"{line} --reference one.safetensors --reference two.safetensors")
+    found = json.loads(sealmark("verify base.safetensors --secret base --json", code=1).stdout)
+    assert found["verdict"] == "INCONCLUSIVE"  # two models make no claim
+    assert found["statistic"] == pytest.approx(1)
+    assert found["p_value"] == pytest.approx(1 / 3)
+    sealmark("keygen reef --name live --weights base.safetensors --reference one.safetensors --task tokens")
+    sealmark("verify one.safetensors --secret live --task tokens", code=1)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from sealmark.core.attach import attach
+from sealmark.core.embedding import Embedding
 from sealmark.core.errors import ParameterError, UnsupportedError
 from sealmark.core.evidence import Score
 from sealmark.core.ownership import Watermark
@@ -81,8 +82,8 @@ def test_loss_and_gradient_are_those_of_the_built_in_loop(scheme: Watermark, mod
         loss=nn.CrossEntropyLoss(),
         recipe=Recipe(epochs=1, batch_size=64, rate=rate, momentum=0, weight_decay=0),
         rng=np.random.default_rng(2),
-        terms=scheme.terms(secret),
-        extras=scheme.extras(secret),
+        terms=Embedding(scheme, secret).terms,
+        extras=Embedding(scheme, secret).extras,
     )
     _, criterion = attach(scheme, model, nn.CrossEntropyLoss(), secret, rng=np.random.default_rng(2))
     loss = criterion(model(toy.owner.inputs), toy.owner.targets)

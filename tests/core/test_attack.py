@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from sealmark.core.attack import Attack, Resources
+from sealmark.core.attack import Modification, Resources
 from sealmark.core.card import AttackCard
 from sealmark.core.errors import ParameterError
 from sealmark.core.task import Task
@@ -21,7 +21,7 @@ CARD = AttackCard("A toy", "nobody 2020", "removal", "the weights", level=1, nee
 
 
 @dataclass(frozen=True)
-class Zero(Attack):
+class Zero(Modification):
     """Sets everything to a constant, in place, after some work."""
 
     value: float = 0.0

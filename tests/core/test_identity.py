@@ -15,7 +15,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from sealmark.core.errors import AccessError, ForgedSecretError, ModelMismatchError, ParameterError
+from sealmark.core.errors import (
+    AccessError,
+    ForgedSecretError,
+    ModelMismatchError,
+    ParameterError,
+    UnsupportedError,
+)
 from sealmark.core.evidence import Null, Verdict
 from sealmark.core.identity import Suspicion, WeightMark
 from sealmark.core.secret import Secret
@@ -181,7 +187,7 @@ def test_an_accusation_is_plain_json(original: nn.Module, secret: Secret) -> Non
     again = json.loads(json.dumps(found.as_dict()))
     assert (again["verdict"], again["basis"], again["users"]) == ("MATCH", "bound", 30)
     assert again["accused"][0]["user"] == "user-7"
-    assert (again["commitment"], again["details"]) == (secret.commitment, {"figure": 1})
+    assert (again["commitment"], again["details"]["figure"]) == (secret.commitment, 1)
 
 
 def test_a_copy_is_its_users_and_nobody_elses(original: nn.Module, secret: Secret) -> None:
@@ -253,3 +259,25 @@ def test_what_the_scheme_notes_of_the_model_stands_in_the_secret(original: nn.Mo
     secret = Noting().enroll(original)
     assert secret.host == {"entries": 1024}
     assert torch.equal(secret.tensors["bias"], torch.zeros(32))
+
+
+def test_a_live_original_lends_its_order_and_weights_alone_do_not(original: nn.Module, secret: Secret) -> None:
+    suspect = WhiteBox(MARK.issue(original, secret, "user-7").model)
+    live = MARK.trace(suspect, secret, USERS, original=original)
+    stored = MARK.trace(suspect, secret, USERS, original=weights_of(original))
+    assert [entry.user for entry in live.accused] == [entry.user for entry in stored.accused] == ["user-7"]
+    assert "agreement" in live.details["alignment"]
+    assert "alignment" not in stored.details
+
+
+def test_a_suspect_that_cannot_be_aligned_is_taken_as_it_is(
+    original: nn.Module, secret: Secret, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise UnsupportedError("no structure")
+
+    monkeypatch.setattr("sealmark.core.identity.aligned", refuse)
+    suspect = WhiteBox(MARK.issue(original, secret, "user-7").model)
+    found = MARK.trace(suspect, secret, USERS, original=original)
+    assert [entry.user for entry in found.accused] == ["user-7"]
+    assert found.details["alignment"] == {"impossible": "no structure"}

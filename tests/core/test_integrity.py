@@ -82,7 +82,7 @@ def test_a_sealed_model_is_intact(rng: np.random.Generator) -> None:
     evidence = SEAL.check(sealed.model, sealed.secret)
     assert evidence.verdict is Verdict.MATCH
     assert evidence.log10_p == pytest.approx(-256 * np.log10(2))
-    assert evidence.details == {"changed": []}
+    assert evidence.details == {"changed": [], "channels": {}}
     assert (sealed.secret.facts["owner"], sealed.secret.host["live"]) == ("ab", True)
 
 
@@ -92,12 +92,72 @@ def test_a_change_anywhere_is_found_and_named(name: str, place: int, rng: np.ran
     evidence = SEAL.check(_damaged(sealed.model, name, place), sealed.secret)
     assert evidence.verdict is Verdict.NO_MATCH
     assert evidence.p_value == 1
-    assert evidence.details == {"changed": [name]}
+    assert evidence.details["changed"] == [name]
+
+
+class Deep(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.filters = nn.Parameter(torch.arange(72.0).reshape(6, 2, 2, 3))
+        self.table = nn.Parameter(torch.zeros(1500, 2))
+        self.register_buffer("empty", torch.zeros(0, 4))
+
+
+def _channels(model: nn.Module, secret: Secret) -> dict[str, list[int]]:
+    evidence = SEAL.check(model, secret)
+    assert evidence.verdict is Verdict.NO_MATCH
+    channels: dict[str, list[int]] = evidence.details["channels"]
+    return channels
+
+
+def test_a_change_is_found_to_its_channels(rng: np.random.Generator) -> None:
+    model, secret = (sealed := SEAL.seal(Deep(), rng=rng)).model, sealed.secret
+    assert SEAL.check(model, secret).details == {"changed": [], "channels": {}}
+    with torch.no_grad():
+        model.get_parameter("filters")[4, 1, 0, 2] += 1
+        model.get_parameter("filters")[1, 0] += 1
+        model.get_parameter("table")[7, 0] = 1
+        model.get_parameter("weight")[0] = 7
+    assert _channels(model, secret) == {"filters": [1, 4], "table": [7]}
+    assert SEAL.check(model, secret).details["changed"] == ["filters", "table", "weight"]
+
+
+def test_a_tensor_that_was_changed_as_a_whole_or_in_form_lists_no_channels(rng: np.random.Generator) -> None:
+    sealed = SEAL.seal(Deep(), rng=rng)
+    with torch.no_grad():
+        sealed.model.get_parameter("filters").mul_(2).add_(1)
+    sealed.model.table = nn.Parameter(torch.zeros(1500))
+    assert _channels(sealed.model, sealed.secret) == {}
+    sealed.model.table = nn.Parameter(torch.zeros(3, 2))
+    assert _channels(sealed.model, sealed.secret) == {}
+
+
+def test_no_more_than_a_thousand_channels_of_a_tensor_are_listed(rng: np.random.Generator) -> None:
+    sealed = SEAL.seal(Deep(), rng=rng)
+    with torch.no_grad():
+        sealed.model.get_parameter("table")[2:] += 1
+    assert _channels(sealed.model, sealed.secret)["table"] == list(range(2, 1002))
+
+
+def test_the_record_grows_by_four_bytes_a_channel(rng: np.random.Generator) -> None:
+    tensors = SEAL.seal(Deep(), rng=rng).secret.tensors
+    tags = {name: tensor.numel() for name, tensor in tensors.items() if name.startswith("channels/")}
+    assert tags == {"channels/filters": 24, "channels/table": 6000, "channels/empty": 0}
+
+
+def test_a_record_without_channels_still_names_the_tensor(rng: np.random.Generator) -> None:
+    sealed = SEAL.seal(Deep(), rng=rng)
+    facts = sealed.secret.facts
+    facts["tensors"] = {"old": facts["tensors"]["old"]}
+    bare = Secret(sealed.secret.reveal_seed(), facts, {"old": sealed.secret.tensors["old"]})
+    with torch.no_grad():
+        sealed.model.get_parameter("filters")[4, 1, 0, 2] += 1
+    assert SEAL.check(sealed.model, bare).details == {"changed": ["filters"], "channels": {}}
 
 
 def test_a_change_of_the_hidden_code_is_found(rng: np.random.Generator) -> None:
     sealed = SEAL.seal(Net(), rng=rng)
-    assert SEAL.check(_damaged(sealed.model, "room", 31), sealed.secret).details == {"changed": ["the code"]}
+    assert SEAL.check(_damaged(sealed.model, "room", 31), sealed.secret).details["changed"] == ["the code"]
 
 
 def test_a_model_that_was_never_sealed_is_not_intact(rng: np.random.Generator) -> None:
@@ -107,7 +167,7 @@ def test_a_model_that_was_never_sealed_is_not_intact(rng: np.random.Generator) -
 
 def test_the_record_of_another_sealing_does_not_pass(rng: np.random.Generator) -> None:
     one, other = SEAL.seal(Net(), rng=rng), SEAL.seal(Net(), rng=rng)
-    assert SEAL.check(one.model, other.secret).details == {"changed": ["the code"]}
+    assert SEAL.check(one.model, other.secret).details["changed"] == ["the code"]
 
 
 def test_a_lost_or_added_tensor_is_found(source: Path, tmp_path: Path, rng: np.random.Generator) -> None:
@@ -115,8 +175,8 @@ def test_a_lost_or_added_tensor_is_found(source: Path, tmp_path: Path, rng: np.r
     tensors = dict(weights_of(tmp_path / "sealed"))
     save_file(tensors | {"more": torch.zeros(1)}, tmp_path / "added")
     save_file({"room": tensors["room"]}, tmp_path / "lost")
-    assert SEAL.check(tmp_path / "added", secret).details == {"changed": ["more"]}
-    assert SEAL.check(tmp_path / "lost", secret).details == {"changed": ["weight"]}
+    assert SEAL.check(tmp_path / "added", secret).details["changed"] == ["more"]
+    assert SEAL.check(tmp_path / "lost", secret).details["changed"] == ["weight"]
     assert SEAL.check(tmp_path / "sealed", secret).verdict is Verdict.MATCH
 
 
@@ -156,7 +216,7 @@ def test_a_model_and_its_file_are_sealed_alike(source: Path, tmp_path: Path) -> 
     secret = SEAL.seal_file(source, tmp_path / "sealed", rng=np.random.default_rng(0))
     assert secret.reveal_seed() == live.secret.reveal_seed()
     # the facts differ in whether the model was live, so the keyed codes do
-    assert SEAL.check(live.model, secret).details == {"changed": ["the code"]}
+    assert SEAL.check(live.model, secret).details["changed"] == ["the code"]
 
 
 def test_what_was_changed_is_not_restored(source: Path, tmp_path: Path, rng: np.random.Generator) -> None:

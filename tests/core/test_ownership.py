@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from sealmark.core.embedding import Embedding
 from sealmark.core.errors import AccessError, ForgedSecretError, MarkFailedError, ParameterError
 from sealmark.core.evidence import Score, Verdict
 from sealmark.core.ownership import Fingerprint, Verifiable, Watermark, embed_all
@@ -87,8 +88,15 @@ class Answers(Fingerprint):
     access = Access.PROBABILITIES
 
     def enroll(
-        self, model: nn.Module, task: Task, *, owner: str = "", rng: np.random.Generator | None = None
+        self,
+        model: Any,
+        task: Task | None = None,
+        *,
+        references: Any = (),
+        owner: str = "",
+        rng: np.random.Generator | None = None,
     ) -> Secret:
+        assert task
         answers = WhiteBox(model).labels(task.test.inputs)
         tensors = {"inputs": task.test.inputs, "answers": answers}
         return self.new_secret(weights_of(model), tensors=tensors, owner=owner, rng=rng)
@@ -113,7 +121,7 @@ def secret(model: nn.Module) -> Secret:
 
 @pytest.fixture
 def marked(model: nn.Module, secret: Secret, toy: Task) -> nn.Module:
-    return MARK.embed(model, secret, toy, rng=np.random.default_rng(2), recipe=RECIPE)
+    return MARK.embed(model, secret, toy, rng=np.random.default_rng(2), recipe=RECIPE).model
 
 
 def test_a_marked_model_matches_and_still_does_its_task(marked: nn.Module, secret: Secret, toy: Task) -> None:
@@ -154,7 +162,7 @@ def test_embedding_leaves_the_given_model_as_it_was(model: nn.Module, secret: Se
 def test_embedding_is_determined_by_secret_and_generator(
     marked: nn.Module, model: nn.Module, secret: Secret, toy: Task
 ) -> None:
-    again = MARK.embed(model, secret, toy, rng=np.random.default_rng(2), recipe=RECIPE)
+    again = MARK.embed(model, secret, toy, rng=np.random.default_rng(2), recipe=RECIPE).model
     assert weights_of(again).digest() == weights_of(marked).digest()
 
 
@@ -166,7 +174,7 @@ def test_rows_beside_the_batch_mark_the_answers(toy: Task) -> None:
     recipe = Recipe(epochs=100, batch_size=64, rate=0.3, weight_decay=0)
     marked = scheme.embed(
         model, secret, toy, rng=np.random.default_rng(2), recipe=recipe, on_epoch=lambda *tick: ticks.append(tick)
-    )
+    ).model
     assert len(ticks) == 100
     evidence = scheme.verify(BlackBox(lambda x: marked(x).argmax(-1)), secret)
     assert (evidence.verdict, evidence.queries) == (Verdict.MATCH, 24)
@@ -175,8 +183,8 @@ def test_rows_beside_the_batch_mark_the_answers(toy: Task) -> None:
 
 def test_two_marks_are_embedded_in_one_run(model: nn.Module, toy: Task) -> None:
     marks = [(MARK, MARK.keygen(model, rng=np.random.default_rng(n))) for n in (1, 2)]
-    marked = embed_all(list(marks), model, toy, rng=np.random.default_rng(2), recipe=RECIPE)
-    assert [MARK.verify(WhiteBox(marked), secret).verdict for _, secret in marks] == [Verdict.MATCH] * 2
+    marked, secrets = embed_all(list(marks), model, toy, rng=np.random.default_rng(2), recipe=RECIPE)
+    assert [MARK.verify(WhiteBox(marked), secret).verdict for secret in secrets] == [Verdict.MATCH] * 2
 
 
 def test_a_mark_that_did_not_take_is_an_error(model: nn.Module, secret: Secret, toy: Task) -> None:
@@ -199,9 +207,9 @@ def test_a_secret_of_other_parameters_is_refused_before_training(
 
 
 def test_a_scheme_without_terms_or_rows_contributes_none(secret: Secret, toy: Task) -> None:
-    assert Triggers().terms(secret) == []
-    assert MARK.extras(secret) == []
-    assert len(MARK.terms(secret)) == len(Triggers().extras(secret)) == 1
+    assert Embedding(Triggers(), secret).terms == []
+    assert Embedding(MARK, secret).extras == []
+    assert len(Embedding(MARK, secret).terms) == len(Embedding(Triggers(), secret).extras) == 1
 
 
 def test_the_neutral_term_is_zero_and_the_neutral_rows_are_none(

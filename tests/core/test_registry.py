@@ -17,7 +17,7 @@ from torch import nn
 
 from sealmark.core import registry
 from sealmark.core.card import AttackCard, Card
-from sealmark.core.errors import ParameterError, UnknownNameError
+from sealmark.core.errors import ParameterError, UnknownNameError, UnsupportedError
 from sealmark.core.registry import Item, item, items, scheme, scheme_of
 from sealmark.core.secret import Secret
 from sealmark.ownership.uchida import Uchida
@@ -171,6 +171,9 @@ class TestThirdParties:
             ("name", "true", "true"),
             ("layers", '["a", "b"]', ("a", "b")),
             ("layers", '("a",)', ("a",)),
+            ("layers", "a,b", ("a", "b")),
+            ("layers", "a", ("a",)),
+            ("layers", "", ()),
             ("limit", "5", 5),
             ("limit", "None", None),
             ("way", "slow", "slow"),
@@ -208,3 +211,9 @@ class TestThirdParties:
     def test_a_value_of_another_type_is_refused(self, name: str, value: Any) -> None:
         with pytest.raises(ParameterError, match=f"bad value of {name}"):
             scheme("knobs", **{name: value})
+
+
+def test_a_forgery_is_no_attack_on_a_model() -> None:
+    assert registry.modification("prune", rate=0.25).parameters["rate"] == 0.25
+    with pytest.raises(UnsupportedError, match="forge_projection forges secrets and changes no model"):
+        registry.modification("forge_projection")

@@ -104,14 +104,14 @@ def test_a_sealed_file_refuses_everything_but_its_key_and_leaves_no_scrap(plain:
 
 def test_an_attack_is_reported_beside_the_attacker_without_the_model(digits: Task, plain: nn.Module) -> None:
     accuracy = digits.score(plain)
-    found = attack_figures(registry.attack("prune", rate=0.0), plain, digits, accuracy, 0)
+    found = attack_figures(registry.modification("prune", rate=0.0), plain, digits, accuracy, 0)
     assert found.accuracy == accuracy
     assert found.scratch < 0.3
     assert found.gain == pytest.approx(1.0)
 
 
 def test_an_attacker_has_the_share_of_rows_that_he_was_given(digits: Task, plain: nn.Module) -> None:
-    attack = registry.attack("fine_tune", epochs=1)
+    attack = registry.modification("fine_tune", epochs=1)
     found = attack_figures(attack, [plain], digits, digits.score(plain), 0, share=0.1)
     assert found.cost.rows == 40
 

@@ -139,7 +139,8 @@ def test_reordered_neurons_hide_the_mark_until_they_are_put_back(digits, plain, 
     orders = [torch.randperm(size, generator=generator) for size in (16, 32, 64, 128)]
     hidden = reorder(copies[3], orders)
     assert digits.score(hidden) == digits.score(copies[3])
-    assert accused(hidden, secret, plain) == set()
+    assert accused(hidden, secret, weights_of(plain)) == set()
+    assert accused(hidden, secret, plain) == {"user3"}  # a live original is aligned to
     aligned = reorder(hidden, [order.argsort() for order in orders])
     assert accused(aligned, secret, plain) == {"user3"}
 

@@ -122,15 +122,20 @@ def test_a_host_that_does_not_run_or_is_no_layer_is_judged_by_size(digits):
     assert made.secret.host["carriers"][0]["tensor"] == "free"
 
 
-def test_each_of_100_flipped_bits_is_found_in_its_tensor(sealed):
+def test_each_of_100_flipped_bits_is_found_in_its_tensor_and_channel(sealed):
     rng = np.random.default_rng(3)
     names = [n for n, tensor in sealed.model.state_dict().items() if tensor.is_floating_point()]
     for _ in range(100):
         suspect = copy.deepcopy(sealed.model)
         name = names[rng.integers(len(names))]
         raw = suspect.state_dict()[name].reshape(-1).view(torch.uint8)
-        raw[int(rng.integers(len(raw)))] ^= 1 << int(rng.integers(8))
-        assert found(suspect, sealed.secret) == (Verdict.NO_MATCH, [name])
+        place = int(rng.integers(len(raw)))
+        raw[place] ^= 1 << int(rng.integers(8))
+        evidence = Reversible().check(suspect, sealed.secret)
+        tensor = suspect.state_dict()[name]
+        channels = {name: [place * len(tensor) // len(raw)]} if tensor.dim() >= 2 else {}
+        assert evidence.verdict is Verdict.NO_MATCH
+        assert evidence.details == {"changed": [name], "channels": channels}
 
 
 def test_one_step_of_training_at_1e_4_is_found(digits, sealed):
@@ -259,6 +264,27 @@ def test_a_weight_that_is_not_finite_is_refused(model, value):
 def test_a_model_without_room_is_refused_with_the_room_it_has(small, room):
     with pytest.raises(UnsupportedError, match=f"expected 256 bits, found {room} bits.*smaller mantissa"):
         Reversible().seal(small)
+
+
+def test_capacity_is_the_sum_of_the_peaks_and_that_much_can_be_hidden():
+    plain = nn.Sequential(nn.Linear(40, 40), nn.LayerNorm(40), nn.Linear(40, 30))
+    peaks = {name: find_peak(plain.get_parameter(name).detach(), 3) for name in ("0.weight", "2.weight")}
+    assert Reversible().capacity(plain) == sum(peak.height for peak in peaks.values())
+    for name, peak in peaks.items():
+        tensor = plain.get_parameter(name).detach()
+        carrier = Carrier(name, list(tensor.shape), "float32", 3, list(range(len(tensor))), *peak)
+        bits = torch.ones(peak.height, dtype=torch.bool)
+        assert carrier.read(carrier.embed(tensor, bits)).sum() == peak.height
+
+
+def test_capacity_decides_whether_a_model_can_be_sealed(tmp_path):
+    small, large = nn.Linear(20, 20), nn.Linear(100, 100)
+    assert Reversible().capacity(small) < 256 <= Reversible().capacity(large)
+    with pytest.raises(UnsupportedError, match=f"found {Reversible().capacity(small)} bits"):
+        Reversible().seal(small)
+    Reversible().seal(large)
+    save_file(large.state_dict(), tmp_path / "large")
+    assert Reversible().capacity(tmp_path / "large") == Reversible().capacity(large)
 
 
 def test_a_smaller_mantissa_gives_more_room():

@@ -24,12 +24,12 @@ def secret(plain, digits):
 @pytest.fixture(scope="module")
 def scratch(digits, secret):
     rng = np.random.default_rng(0)
-    return SCHEME.embed(digits.model(rng), secret, digits, rng=rng)
+    return SCHEME.embed(digits.model(rng), secret, digits, rng=rng).model
 
 
 @pytest.fixture(scope="module")
 def tuned(digits, plain, secret):
-    return SCHEME.embed(plain, secret, digits, rng=np.random.default_rng(0))
+    return SCHEME.embed(plain, secret, digits, rng=np.random.default_rng(0)).model
 
 
 @pytest.mark.parametrize("how", ["scratch", "tuned"])

@@ -7,7 +7,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from sealmark.core.errors import FormatError, ModelMismatchError, ParameterError, ServiceError, UnknownNameError
-from sealmark.core.weights import FileWeights, ModelWeights, save_model
+from sealmark.core.weights import FileWeights, ModelWeights, save_model, weights_of
 from sealmark.runtime.models import build_model, load_weights
 
 
@@ -156,3 +156,15 @@ def test_importing_a_model_leaves_the_import_path_as_it_was():
     before = list(sys.path)
     build_model("torch.nn:Flatten", rng=np.random.default_rng(0))
     assert sys.path == before
+
+
+def test_weights_of_other_widths_fit_where_that_is_asked_for():
+    narrow, wide = (nn.Sequential(nn.Linear(4, n), nn.ReLU(), nn.Linear(n, 2)) for n in (3, 5))
+    with pytest.raises(ModelMismatchError):
+        load_weights(narrow, weights_of(wide))
+    load_weights(narrow, weights_of(wide), resize=True)
+    inputs = torch.ones(2, 4)
+    assert torch.equal(narrow(inputs), wide(inputs))
+    assert (narrow[0].out_features, narrow[2].in_features) == (5, 5)
+    with pytest.raises(ModelMismatchError):
+        load_weights(nn.Linear(4, 3), weights_of(nn.Conv1d(4, 3, 1)), resize=True)

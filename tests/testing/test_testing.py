@@ -66,7 +66,13 @@ class Record(Fingerprint):
     )
 
     def enroll(
-        self, model: nn.Module, task: Task, *, owner: str = "", rng: np.random.Generator | None = None
+        self,
+        model: nn.Module,
+        task: Task | None = None,
+        *,
+        references: object = (),
+        owner: str = "",
+        rng: np.random.Generator | None = None,
     ) -> Secret:
         tensors = {"fc1": model.get_parameter("fc1.weight").detach()}
         return self.new_secret(weights_of(model), tensors=tensors, owner=owner, rng=rng)

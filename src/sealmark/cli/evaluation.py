@@ -17,7 +17,7 @@ from sealmark.cli.vaults import find_document
 from sealmark.core.errors import FormatError, ParameterError
 
 if TYPE_CHECKING:
-    from sealmark.core.attack import Attack, Cost
+    from sealmark.core.attack import Cost, Modification
     from sealmark.crypto.signing import VerifyKey
     from sealmark.formats.envelope import Document
     from sealmark.vault import Vault
@@ -49,7 +49,11 @@ def attack(
     from sealmark.core.modes import pick_device
     from sealmark.core.weights import save_model
 
-    made, rng, device = registry.attack(name, **settings.parameters()), training.rng(), pick_device(training.device)
+    made, rng, device = (
+        registry.modification(name, **settings.parameters()),
+        training.rng(),
+        pick_device(training.device),
+    )
     known = registry.task(task)
     resources = Resources.of(known, share, device=device)
     network = Architecture(task=task)
@@ -113,7 +117,7 @@ def demo(
     output.product(summary, str(out / "report.html"))
 
 
-def _tell(made: Attack, out: Path, cost: Cost, figures: dict[str, float], output: Output) -> None:
+def _tell(made: Modification, out: Path, cost: Cost, figures: dict[str, float], output: Output) -> None:
     from sealmark.evaluate.metrics import attacker_gain
 
     gain = attacker_gain(figures["after"], figures["scratch"], figures["before"])

@@ -51,7 +51,7 @@ def issue(
     targets = _targets(out, users, model, force=force)
     with where.open() as vault:
         _refuse_revoked(vault, users)
-        name, key, mark, known = _user_secret(vault, model, secret, scheme, settings, network)
+        name, key, mark, known = _user_secret(vault, model, secret, scheme, settings, network, users)
         copies: dict[str, str] = {}
         with contextlib.ExitStack() as stack:
             if len(users) > 1 and not out.exists():
@@ -77,7 +77,13 @@ def issue(
 def trace(
     suspect: Annotated[Path, typer.Argument(help="What leaked: a safetensors file or a folder of shards.")],
     secret: Annotated[str, typer.Option(metavar="NAME", help="That the copies were marked with.")],
-    original: Annotated[Path | None, typer.Option(metavar="PATH", help="Your unmarked model.")] = None,
+    original: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="PATH",
+            help="Your unmarked model. With --task or --model, rearranged neurons are put back first.",
+        ),
+    ] = None,
     alpha: Alpha = 1e-6,
     commitment: Annotated[str | None, typer.Option(metavar="HEX", help="As published before release.")] = None,
     evidence_out: EvidenceOut = None,
@@ -105,8 +111,11 @@ def trace(
         users = [record.user for record in vault.users(secret)]
         if not users:
             raise ParameterError("nobody has a copy", expected=f"users of {secret}", advice="issue copies first")
-        seen = suspect_of(scheme.access, suspect, network, task=network.load_task(), device=device)
-        found = scheme.trace(seen, key, users, alpha=alpha, original=original, commitment=commitment)
+        task = network.load_task()
+        seen = suspect_of(scheme.access, suspect, network, task=task, device=device)
+        live = original is not None and network.given
+        mine = network.load(task, original, device=device) if live and original else original
+        found = scheme.trace(seen, key, users, alpha=alpha, original=mine, commitment=commitment)
         record = SuspectRecord(weights_of(suspect).digest(), suspect.name)
         data, number = keep_evidence(vault, found, record, subject=suspect.name)
         if evidence_out is not None:
@@ -198,7 +207,13 @@ def _refuse_revoked(vault: Vault, users: list[str]) -> None:
 
 
 def _user_secret(
-    vault: Vault, model: Path, name: str | None, scheme: str, settings: Settings, network: Architecture
+    vault: Vault,
+    model: Path,
+    name: str | None,
+    scheme: str,
+    settings: Settings,
+    network: Architecture,
+    users: list[str],
 ) -> tuple[str, Secret, UserMark, bool]:
     """The secret for this model's users, its scheme, and whether the vault has it already."""
     from sealmark.core import registry
@@ -212,9 +227,9 @@ def _user_secret(
     mark = of_kind(registry.scheme(scheme, **settings.parameters()), UserMark, "issue", "identity")
     owner = vault.verify_key.raw.hex()
     if isinstance(mark, WeightMark):
-        return chosen, mark.enroll(model, owner=owner), mark, False
+        return chosen, mark.enroll(model, users=users, owner=owner), mark, False
     task = network.load_task()
-    return chosen, mark.enroll(network.load(task, model), task, owner=owner), mark, False
+    return chosen, mark.enroll(network.load(task, model), task, users=users, owner=owner), mark, False
 
 
 def _write_copy(mark: UserMark, model: Path, work: Path, key: Secret, user: str, network: Architecture) -> None:
@@ -225,7 +240,8 @@ def _write_copy(mark: UserMark, model: Path, work: Path, key: Secret, user: str,
         with tensor_progress(f"issuing to {user}", size_of(model)) as progress:
             mark.issue_file(model, work, key, user, progress=progress)
     else:
-        save_model(mark.issue(network.load(network.load_task(), model), key, user).model, work)
+        task = network.load_task()
+        save_model(mark.issue(network.load(task, model), key, user, task=task).model, work)
 
 
 def _record(vault: Vault, name: str, key: Secret, copies: dict[str, str], known: bool) -> None:

@@ -66,13 +66,28 @@ def _defaults(item: registry.Item) -> dict[str, str]:
         fields = dataclasses.fields(item.load())
         return {field.name: repr(field.default) for field in fields}
     classes = [node for node in _source(item.module).body if isinstance(node, ast.ClassDef)]
-    return {
+    return _fields(item.module, next(node for node in classes if any(map(_assigns_card, node.body))))
+
+
+def _fields(module: str, node: ast.ClassDef) -> dict[str, str]:
+    """Fields and defaults of a class and, before them, of its bases, wherever in the package these stand."""
+    tree, found = _source(module), dict[str, str]()
+    homes = {
+        alias.name: part.module
+        for part in tree.body
+        if isinstance(part, ast.ImportFrom) and (part.module or "").startswith("sealmark.")
+        for alias in part.names
+    }
+    for base in (ast.unparse(base) for base in reversed(node.bases)):
+        home = homes.get(base) or module
+        for other in _source(home).body:
+            if isinstance(other, ast.ClassDef) and other.name == base:
+                found |= _fields(home, other)
+    return found | {
         part.target.id: ast.unparse(part.value) if part.value else ""
-        for node in classes
-        if any(_assigns_card(part) for part in node.body)
         for part in node.body
         if isinstance(part, ast.AnnAssign) and isinstance(part.target, ast.Name)
-        if not ast.unparse(part.annotation).startswith("ClassVar")
+        if not ast.unparse(part.annotation).startswith("ClassVar") and part.target.id[0] != "_"
     }
 
 

@@ -96,8 +96,8 @@ class Architecture:
             )
         return task.model(rng)
 
-    def load(self, task: Task | None, weights: Path, *, device: str = "cpu") -> nn.Module:
-        """The network with stored weights, on a device.
+    def load(self, task: Task | None, weights: Path, *, device: str = "cpu", resize: bool = False) -> nn.Module:
+        """The network with stored weights, on a device; with ``resize``, as wide as they are.
 
         Raises:
             ParameterError: no network was named, or no such file.
@@ -110,7 +110,7 @@ class Architecture:
 
         place = pick_device(device)
         model = self.build(task, rng=np.random.default_rng(0))
-        load_weights(model, weights)
+        load_weights(model, weights, resize=resize)
         return model.to(place)
 
 

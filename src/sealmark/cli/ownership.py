@@ -35,6 +35,10 @@ def keygen(
         typer.Option(metavar="FILE", help="The model that it is for; untrained without."),
     ] = None,
     payload: Annotated[str, typer.Option(metavar="TEXT", help="A message for the mark to carry.")] = "",
+    reference: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="FILE", help="An unrelated model, for fingerprints that compare; repeat for more."),
+    ] = None,
     commitment_out: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write the signed commitment.")
     ] = None,
@@ -58,7 +62,9 @@ def keygen(
     with where.open() as vault:
         chosen = name_for(vault, name, Path(name))
         owner = vault.verify_key.raw.hex()
-        secret = _new_secret(made, weights, network, training, owner=owner, payload=payload.encode())
+        secret = _new_secret(
+            made, weights, network, training, owner=owner, payload=payload.encode(), references=reference or []
+        )
         with vault.transaction():
             vault.add_secret(chosen, secret)
             if commitment_out is not None:
@@ -105,9 +111,13 @@ def embed(
     changes = {name: value for name, value in (("epochs", epochs), ("rate", rate)) if value is not None}
     recipe = dataclasses.replace(made.recipe, **changes)  # type: ignore[arg-type]
     with epoch_progress("embedding") as on_epoch, staged(out, force=force) as work:
-        marked = embed_all(marks, model.to(device), made, rng=rng, recipe=recipe, on_epoch=on_epoch)
+        marked, kept = embed_all(marks, model.to(device), made, rng=rng, recipe=recipe, on_epoch=on_epoch)
         save_model(marked, work)
-    found = {name: scheme.verify(WhiteBox(marked), key) for name, (scheme, key) in zip(secret, marks, strict=True)}
+        names = _keep_learned(where, secret, secrets, kept)
+    schemes = [scheme for scheme, _ in marks]
+    found = {
+        name: scheme.verify(WhiteBox(marked), key) for name, scheme, key in zip(names, schemes, kept, strict=True)
+    }
     score, digest = made.score(marked), ModelWeights(marked).digest()
     document = {
         "out": str(out),
@@ -130,6 +140,12 @@ def verify(
         str | None,
         typer.Option(metavar="HEX", help="As published before release; another secret is refused."),
     ] = None,
+    original: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Your own model, to undo permuted, scaled, flipped or added neurons; see --task."
+        ),
+    ] = None,
     evidence_out: EvidenceOut = None,
     device: Device = "cpu",
     force: Force = False,
@@ -141,19 +157,24 @@ def verify(
 ) -> None:
     """Is this suspect mine? Exit code 0 for a match, 1 for none.
 
-    --task or --model is needed for schemes that ask the suspect questions; weights are read without.
+    --task or --model is needed for schemes that ask the suspect questions, and with --original; weights
+    are read without.
     """
     if evidence_out is not None:
         check_free(evidence_out, force=force)
     from sealmark.core import registry
     from sealmark.core.ownership import Verifiable
+    from sealmark.core.suspect import Access
 
     with choice.read(where) as (secret, vault):
         if evidence_out is not None and vault is None:
             raise ParameterError("nothing to sign evidence with", advice="make a vault: sealmark init")
         scheme = of_kind(registry.scheme_of(secret), Verifiable, "verify", "ownership")
-        seen = suspect_of(scheme.access, suspect, network, task=network.load_task(), device=device)
-        evidence = scheme.verify(seen, secret, alpha=alpha, tries=tries, commitment=commitment)
+        task = network.load_task()
+        mine = None if original is None else network.load(task, original, device=device)
+        access = scheme.access if mine is None else Access.WEIGHTS
+        seen = suspect_of(access, suspect, network, task=task, device=device)
+        evidence = scheme.verify(seen, secret, alpha=alpha, tries=tries, commitment=commitment, original=mine)
         finish(evidence, suspect, vault, evidence_out, output, force=force)
 
 
@@ -197,7 +218,23 @@ def finish(
         raise typer.Exit(1)
 
 
+def _keep_learned(where: Where, names: list[str], before: list[Secret], after: list[Secret]) -> list[str]:
+    """Keep the secrets that learned something with the model; the names under which each is found."""
+    kept = []
+    for name, old, new in zip(names, before, after, strict=True):
+        kept.append(name if new == old else f"{name}.learned")
+        if new != old:
+            with where.open() as vault:
+                vault.add_secret(kept[-1], new)
+            note(
+                f"{name} learned its reader with the model: verify with --secret {kept[-1]}, publish its commitment"
+            )
+    return kept
+
+
 def _figure(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_figure(entry)}" for name, entry in value.items())
     if isinstance(value, float):
         return f"{value:.6g}"
     return ", ".join(map(str, value)) or "none" if isinstance(value, (list, tuple)) else str(value)
@@ -211,6 +248,7 @@ def _new_secret(
     *,
     owner: str,
     payload: bytes,
+    references: list[Path],
 ) -> Secret:
     from sealmark.core.identity import UserMark, WeightMark
     from sealmark.core.ownership import Fingerprint, Watermark
@@ -224,8 +262,11 @@ def _new_secret(
         )
     if payload and not isinstance(scheme, Watermark):
         raise ParameterError(f"{scheme.name} carries no payload", expected="none", found=f"{len(payload)} bytes")
-    if isinstance(scheme, WeightMark) and weights is not None and not network.given:
-        return scheme.enroll(weights, owner=owner)
+    if weights is not None and not network.given:
+        if isinstance(scheme, WeightMark):
+            return scheme.enroll(weights, owner=owner)
+        if isinstance(scheme, Fingerprint):
+            return scheme.enroll(weights, references=references, owner=owner)
     if weights is None and not isinstance(scheme, Watermark):
         raise ParameterError(f"{scheme.name} enrolls a trained model", expected="--weights FILE", found="none")
     task = network.load_task()
@@ -236,7 +277,6 @@ def _new_secret(
     if isinstance(scheme, Watermark):
         return scheme.keygen(model, task, owner=owner, payload=payload)
     if isinstance(scheme, Fingerprint):
-        if task is None:
-            raise ParameterError(f"{scheme.name} needs data", expected="--task NAME", found="none")
-        return scheme.enroll(model, task, owner=owner)
+        others = [network.load(task, path, device=training.device) for path in references]
+        return scheme.enroll(model, task, references=others, owner=owner)
     return scheme.enroll(model, task, owner=owner)

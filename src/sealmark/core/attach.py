@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from sealmark.core.embedding import Embedding
 from sealmark.core.errors import UnsupportedError
 from sealmark.core.ownership import Watermark
 from sealmark.core.secret import Secret
@@ -27,14 +28,12 @@ class AttachedCriterion:
 
     def __init__(
         self,
-        scheme: Watermark,
+        run: Embedding,
         model: nn.Module,
         criterion: Criterion,
-        secret: Secret,
         rng: np.random.Generator,
     ) -> None:
-        self._scheme, self._model, self._criterion, self._secret = scheme, model, criterion, secret
-        self._rng = rng
+        self._run, self._model, self._criterion, self._rng = run, model, criterion, rng
         self._inputs: Tensor | None = None
         self._extra: tuple[Tensor, Tensor] | None = None
         self._handles: list[RemovableHandle] = [
@@ -53,7 +52,7 @@ class AttachedCriterion:
         inputs = args[0]
         self._inputs = inputs
         batch = Batch(inputs, torch.zeros(len(inputs), dtype=torch.int64, device=inputs.device))
-        extra = self._scheme.extra(self._secret, batch, self._rng)
+        extra = self._run.extra(batch, self._rng)
         self._extra = None
         if extra.rows == 0:
             return None
@@ -78,16 +77,21 @@ class AttachedCriterion:
             mine, own = len(self._extra[1]), len(targets)
             loss = (own * loss + mine * self._criterion(*self._extra)) / (own + mine)
         batch = Batch(self._inputs, targets)
-        for term in self._scheme.terms(self._secret):
+        for term in self._run.terms:
             loss = loss + term(self._model, batch)
         self._inputs = self._extra = None
         return loss
 
-    def detach(self) -> None:
-        """Take the hooks off the model; from here on this is the user's criterion again."""
+    def detach(self) -> Secret:
+        """End the embedding: the model gets the form that is shipped, and the criterion is yours again.
+
+        Returns:
+            The secret to keep: it holds what was learned beside the model, if anything was.
+        """
         for handle in self._handles:
             handle.remove()
         self._inputs = self._extra = None
+        return self._run.finish(self._model)
 
 
 def attach(
@@ -119,7 +123,8 @@ def attach(
         >>> scheme = Uchida(layer="0.weight", bits=64)
         >>> model, criterion = attach(scheme, model, nn.CrossEntropyLoss(), scheme.keygen(model))
         >>> loss = criterion(model(torch.rand(8, 300)), torch.zeros(8, dtype=torch.int64))
-        >>> criterion.detach()
+        >>> secret = criterion.detach()
     """
     scheme.check_secret(secret)
-    return model, AttachedCriterion(scheme, model, criterion, secret, rng or np.random.default_rng())
+    rng = rng or np.random.default_rng()
+    return model, AttachedCriterion(scheme.embedding(model, secret, None, rng), model, criterion, rng)

@@ -14,7 +14,9 @@ import torch
 from torch import nn
 
 from sealmark.core.card import AttackCard
-from sealmark.core.errors import ParameterError
+from sealmark.core.errors import ParameterError, UnsupportedError
+from sealmark.core.ownership import Verifiable
+from sealmark.core.secret import Secret
 from sealmark.core.task import Batch, Task
 
 
@@ -72,8 +74,16 @@ class AttackResult:
 
 
 @dataclass(frozen=True)
+class ForgeryResult:
+    """The forged secret, and what it cost."""
+
+    secret: Secret
+    cost: Cost
+
+
+@dataclass(frozen=True)
 class Attack(ABC):
-    """Base of all attacks: a frozen dataclass of hyper-parameters whose subclass writes `modify`.
+    """Base of all attacks: a frozen dataclass of hyper-parameters.
 
     The public name is the stem of the file that it stands in.
     """
@@ -89,6 +99,14 @@ class Attack(ABC):
     def parameters(self) -> dict[str, Any]:
         """The hyper-parameters, as plain JSON."""
         return asdict(self)
+
+    def _refuse_without_data(self, resources: Resources) -> None:
+        if self.card.needs_data and resources.rows.rows == 0:
+            raise ParameterError(f"{self.name} needs data", expected="at least one row", found=0)
+
+
+class Modification(Attack):
+    """An attack that makes a surrogate of one model or of several copies; a subclass writes `modify`."""
 
     @abstractmethod
     def modify(
@@ -122,16 +140,52 @@ class Attack(ABC):
         models = [target] if isinstance(target, nn.Module) else list(target)
         if len(models) < self.card.copies:
             raise ParameterError(f"{self.name} needs more copies", expected=self.card.copies, found=len(models))
-        if self.card.needs_data and resources.rows.rows == 0:
-            raise ParameterError(f"{self.name} needs data", expected="at least one row", found=0)
+        self._refuse_without_data(resources)
         copies = [copy.deepcopy(model).to(resources.device) for model in models]
-        wall, cpu = time.perf_counter(), time.process_time()
+        clock = _Clock()
         model, rows_seen = self.modify(copies, resources, rng)
-        cost = Cost(
-            cpu_seconds=time.process_time() - cpu,
-            wall_seconds=time.perf_counter() - wall,
-            rows=resources.rows.rows if self.card.needs_data else 0,
+        rows = resources.rows.rows if self.card.needs_data else 0
+        return AttackResult(model, clock.cost(rows, rows_seen, len(models)))
+
+
+class Forgery(Attack):
+    """An attack that claims somebody else's model: it makes a secret that fits; a subclass writes `forge`."""
+
+    @abstractmethod
+    def fits(self, scheme: Verifiable) -> bool:
+        """Whether it knows how to forge a secret of this scheme."""
+
+    @abstractmethod
+    def forge(self, model: nn.Module, scheme: Verifiable, resources: Resources, rng: np.random.Generator) -> Secret:
+        """A secret by which ``scheme`` shall recognize ``model``, made after the fact."""
+
+    @final
+    def run(
+        self, target: nn.Module, scheme: Verifiable, resources: Resources, *, rng: np.random.Generator
+    ) -> ForgeryResult:
+        """Forge a secret for ``target``, which is left as it is.
+
+        Raises:
+            UnsupportedError: the attack does not know this scheme.
+            ParameterError: no data where it needs some.
+        """
+        if not self.fits(scheme):
+            raise UnsupportedError(f"{self.name} does not forge this scheme", found=scheme.name)
+        self._refuse_without_data(resources)
+        clock = _Clock()
+        secret = self.forge(copy.deepcopy(target).to(resources.device), scheme, resources, rng)
+        return ForgeryResult(secret, clock.cost(resources.rows.rows if self.card.needs_data else 0, 0, 1))
+
+
+class _Clock:
+    def __init__(self) -> None:
+        self._wall, self._cpu = time.perf_counter(), time.process_time()
+
+    def cost(self, rows: int, rows_seen: int, copies: int) -> Cost:
+        return Cost(
+            cpu_seconds=time.process_time() - self._cpu,
+            wall_seconds=time.perf_counter() - self._wall,
+            rows=rows,
             rows_seen=rows_seen,
-            copies=len(models),
+            copies=copies,
         )
-        return AttackResult(model, cost)

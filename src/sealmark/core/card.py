@@ -26,6 +26,7 @@ class Card:
         target_models: what it can be applied to.
         needs_training: whether protecting trains the model.
         needs_data: whether protecting needs data.
+        needs_trained: whether protecting starts from a trained model.
         reported: what the paper reports.
         reproduced: what we measured, with the command that measures it.
         broken_by: attacks that defeat it, each with its source; the best first.
@@ -33,6 +34,7 @@ class Card:
         patents: known claims.
         max_drop: largest loss of the task's metric on an ordinary task, the conformance bound.
         refuses_wrong_key: a lock that refuses instead of giving a useless model.
+        task: the ready task on which the conformance suite runs it.
         grade: ``product``, or ``research`` when a known cheap attack defeats it.
     """
 
@@ -52,7 +54,9 @@ class Card:
     deviations: tuple[str, ...] = ()
     patents: tuple[str, ...] = ()
     max_drop: float = 0.01
+    needs_trained: bool = False
     refuses_wrong_key: bool = False
+    task: str = "digits"
     grade: Literal["product", "research"] = "product"
 
     def as_dict(self) -> dict[str, Any]:
@@ -72,6 +76,7 @@ class AttackCard:
         level: 1 modification, 2 evasion, 3 active attack (Xue et al. 2021).
         needs_data: whether it trains on data.
         copies: how many models it needs.
+        changes_form: whether the surrogate's tensors have other shapes.
         parameters: what its parameters mean and their usual values.
     """
 
@@ -82,6 +87,7 @@ class AttackCard:
     level: Literal[1, 2, 3]
     needs_data: bool
     copies: int = 1
+    changes_form: bool = False
     parameters: str = ""
 
     def as_dict(self) -> dict[str, Any]:

@@ -30,6 +30,7 @@ class Basis(StrEnum):
     """Why a null holds, strongest first."""
 
     EXACT = "exact"  # the randomness is ours: holds for any suspect made without the secret
+    ALIGNED = "aligned"  # such a law, after aligning to a marked original by what the mark does not touch
     BOUND = "bound"  # the same, by a proven inequality
     PERMUTATION = "permutation"  # rank among fresh secrets on the same suspect
     POPULATION = "population"  # rank among independently trained models: as good as the population
@@ -48,6 +49,30 @@ class Null(ABC):
     @abstractmethod
     def floor(self) -> float:
         """The smallest ``log_p`` that this null can reach at all."""
+
+
+@dataclass(frozen=True)
+class AlignedNull(Null):
+    """A law that was exact before the suspect was aligned to an original that carries the mark.
+
+    What the scheme reads took no part in the alignment. That training leaves no trace of the key in the
+    rest of the original is an assumption, tested on independent models and not proven.
+    """
+
+    null: Null
+    basis = Basis.ALIGNED
+
+    def __str__(self) -> str:
+        return f"{self.null}, after alignment to the marked original"
+
+    def log_p(self, statistic: float) -> float:
+        """That of the law before."""
+        return self.null.log_p(statistic)
+
+    @property
+    def floor(self) -> float:
+        """That of the law before."""
+        return self.null.floor
 
 
 @dataclass(frozen=True)

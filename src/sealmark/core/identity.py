@@ -13,11 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from sealmark.core.errors import ModelMismatchError, ParameterError
+from sealmark.core.errors import ModelMismatchError, ParameterError, UnsupportedError
 from sealmark.core.evidence import DEFAULT_ALPHA, Basis, Evidence, Null, Score, Verdict, check_alpha, judge
 from sealmark.core.scheme import Scheme
 from sealmark.core.secret import Secret
-from sealmark.core.suspect import Access, Suspect
+from sealmark.core.suspect import Access, Suspect, aligned
 from sealmark.core.task import Task
 from sealmark.core.weights import Progress, TensorMap, Weights, rewrite_file, rewrite_model, weights_of
 
@@ -100,9 +100,11 @@ class UserMark(Scheme):
 
     Attributes:
         access: what tracing touches.
+        places: how many users a secret has room for; None for any number.
     """
 
     access: ClassVar[Access]
+    places: ClassVar[int | None] = None
 
     @abstractmethod
     def enroll(
@@ -110,17 +112,37 @@ class UserMark(Scheme):
         model: nn.Module,
         task: Task | None = None,
         *,
+        users: Sequence[str] = (),
         owner: str = "",
         rng: np.random.Generator | None = None,
     ) -> Secret:
-        """The owner's secret for all users of ``model``."""
+        """The owner's secret for all users of ``model``.
 
-    @abstractmethod
-    def issue(self, model: nn.Module, secret: Secret, user: str) -> Issued:
-        """The copy of one user; the same user gets the same copy.
+        Args:
+            model: that users get copies of.
+            task: what it is for, where the scheme must know.
+            users: everyone who may get a copy, for schemes with a fixed number of ``places``: their
+                assignment is committed. Others derive a user's mark from the name and need no list.
+            owner: the owner's public key, bound into the secret.
+            rng: for tests; the operating system's randomness by default.
 
         Raises:
-            ParameterError: the user's name is empty, or the secret belongs to another scheme.
+            ParameterError: more users than places, or the same one twice.
+        """
+
+    @abstractmethod
+    def issue(self, model: nn.Module, secret: Secret, user: str, *, task: Task | None = None) -> Issued:
+        """The copy of one user; the same user gets the same copy.
+
+        Args:
+            model: that the secret was made for.
+            secret: of `enroll`.
+            user: who gets the copy.
+            task: the owner's rows and loss, for schemes that train.
+
+        Raises:
+            ParameterError: the user's name is empty or unknown, the secret belongs to another scheme, or
+                there is no task where the scheme trains.
             ModelMismatchError: the secret was made for another model.
         """
 
@@ -148,7 +170,8 @@ class UserMark(Scheme):
             secret: of `enroll`.
             users: everyone to whom copies were issued.
             alpha: bound on the probability of accusing anyone innocent, over all users together.
-            original: the owner's unmarked model, for non-blind schemes.
+            original: the owner's unmarked model, for non-blind schemes. Where it is a live model the
+                suspect's hidden units are first put back into its order, scale and sign.
             commitment: published before release; a secret that does not open it is refused.
 
         Raises:
@@ -225,7 +248,14 @@ class UserMark(Scheme):
         weights = None if original is None else weights_of(original)
         if weights is not None:
             check_model(weights, secret)
-        return self.suspicion(suspect, secret, users, weights)
+        if not isinstance(original, nn.Module):
+            return self.suspicion(suspect, secret, users, weights)
+        try:
+            note, suspect = aligned(suspect, original)
+        except (ModelMismatchError, UnsupportedError) as error:
+            note = {"impossible": str(error)}
+        found = self.suspicion(suspect, secret, users, weights)
+        return Suspicion(found.statistics, found.null, {**found.details, "alignment": note})
 
 
 class WeightMark(UserMark):
@@ -251,6 +281,7 @@ class WeightMark(UserMark):
         model: nn.Module | Weights | Path | str,
         task: Task | None = None,
         *,
+        users: Sequence[str] = (),
         owner: str = "",
         rng: np.random.Generator | None = None,
     ) -> Secret:
@@ -260,7 +291,7 @@ class WeightMark(UserMark):
         return self.new_secret(weights, host=host, tensors=tensors, owner=owner, rng=rng)
 
     @final
-    def issue(self, model: nn.Module, secret: Secret, user: str) -> Issued:
+    def issue(self, model: nn.Module, secret: Secret, user: str, *, task: Task | None = None) -> Issued:
         """See `UserMark.issue`."""
         self._check_issue(weights_of(model), secret, user)
         return Issued(user, rewrite_model(model, self.marker(secret, user)))

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import hmac
 import math
 from abc import abstractmethod
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, final
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from sealmark.core.errors import TamperedError
@@ -28,6 +31,8 @@ from sealmark.core.weights import (
 )
 
 Source = nn.Module | Weights | Path | str
+_TAG = 4  # bytes a channel in the record: a changed channel goes unnamed once in 4 billion times
+_LISTED = 1000  # channels of a tensor
 
 
 @dataclass(frozen=True)
@@ -46,11 +51,14 @@ class Finding:
         intact: nothing was changed since sealing.
         changed: tensors that were changed, as far as the scheme can say.
         bits: length of the authentication code; a changed model passes with probability 2**-bits.
+        channels: of a changed tensor the changed channels, indexes of its first dimension in order, the
+            first 1000 of them; tensors that were changed as a whole are left out.
     """
 
     intact: bool
     changed: tuple[str, ...] = ()
     bits: int = 256
+    channels: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -73,12 +81,54 @@ class CodeNull(Null):
         return -self.bits * math.log(2)
 
 
-class WeightSeal(Scheme):
+class Seal(Scheme):
+    """Integrity: seal a model, tell later whether it was changed, and give the original back."""
+
+    @abstractmethod
+    def seal(
+        self,
+        model: nn.Module,
+        task: Task | None = None,
+        *,
+        owner: str = "",
+        rng: np.random.Generator | None = None,
+    ) -> Sealed:
+        """A sealed copy of ``model``, and the record that checks and opens it.
+
+        Args:
+            model: left as it is.
+            task: data that tells which weights matter least, for schemes that use it.
+            owner: the owner's public key, bound into the record.
+            rng: for tests; the operating system's randomness by default.
+
+        Raises:
+            UnsupportedError: the model has no place for such a seal.
+        """
+
+    @abstractmethod
+    def check(self, source: Source, secret: Secret) -> Evidence:
+        """Was it changed since it was sealed? MATCH means that every bit is as it was.
+
+        Raises:
+            ParameterError: the record belongs to another scheme.
+            ForgedSecretError: the record does not hold together.
+        """
+
+    @abstractmethod
+    def restore(self, model: nn.Module, secret: Secret) -> nn.Module:
+        """The original, bit for bit.
+
+        Raises:
+            TamperedError: the model was changed since it was sealed.
+        """
+
+
+class WeightSeal(Seal):
     """A seal on the weights, tensor by tensor: write `bind`, `sealer`, `opener` and `read_code`.
 
     The code is a keyed hash of the whole original. Sealing hides it in the weights; checking takes it
     out, puts the original back, and compares. A digest of each tensor in the record tells where a
-    change is.
+    change is; four bytes of a digest of each of its channels tell it to the channel.
     """
 
     @abstractmethod
@@ -115,7 +165,12 @@ class WeightSeal(Scheme):
         """The record for sealing ``source``: the first step of `seal` and `seal_file`."""
         weights = weights_of(source)
         host, tensors = self.bind(weights, source if isinstance(source, nn.Module) else None, task)
-        host["digests"] = {name: tensor_digest(weights[name]) for name in weights}
+        digests: dict[str, str] = {}
+        for name in weights:
+            digests[name], tags = _recorded(weights[name])
+            if tags is not None:
+                tensors[f"channels/{name}"] = tags
+        host["digests"] = digests
         return self.new_secret(weights, host=host, tensors=tensors, owner=owner, rng=rng)
 
     @final
@@ -127,17 +182,7 @@ class WeightSeal(Scheme):
         owner: str = "",
         rng: np.random.Generator | None = None,
     ) -> Sealed:
-        """A sealed copy of ``model``, and the record that checks and opens it.
-
-        Args:
-            model: left as it is.
-            task: data that tells which weights matter least, for schemes that use it.
-            owner: the owner's public key, bound into the record.
-            rng: for tests; the operating system's randomness by default.
-
-        Raises:
-            UnsupportedError: the model has too little room for the code.
-        """
+        """See `Seal.seal`."""
         secret = self.record(model, task, owner=owner, rng=rng)
         return Sealed(rewrite_model(model, self._sealer(weights_of(model), secret)), secret)
 
@@ -166,8 +211,10 @@ class WeightSeal(Scheme):
         """
         self.check_secret(secret)
         finding = self._find(weights_of(source), secret)
+        channels = {name: list(places) for name, places in finding.channels.items()}
+        details = {"changed": list(finding.changed), "channels": channels}
         return judge(
-            Score(float(finding.intact), CodeNull(finding.bits), {"changed": list(finding.changed)}),
+            Score(float(finding.intact), CodeNull(finding.bits), details),
             scheme=self.name,
             commitment=secret.commitment,
         )
@@ -209,13 +256,36 @@ class WeightSeal(Scheme):
     def _find(self, weights: Weights, secret: Secret) -> Finding:
         recorded: dict[str, str] = secret.host["digests"]
         opened = MappedWeights(weights, self.opener(secret))
-        changed = recorded.keys() ^ set(opened)
-        changed |= {name for name in recorded.keys() & set(opened) if not self._same(opened, name, recorded)}
+        changed, channels = recorded.keys() ^ set(opened), dict[str, tuple[int, ...]]()
+        for name in sorted(recorded.keys() & set(opened)):
+            places = _changes(opened[name], recorded[name], secret.tensors.get(f"channels/{name}"))
+            if places is not None:
+                changed.add(name)
+                channels |= {name: places} if places else {}
         if changed:
-            return Finding(False, tuple(sorted(changed)))
+            return Finding(False, tuple(sorted(changed)), channels=channels)
         intact = hmac.compare_digest(self.read_code(weights, secret), self._code(opened.digest(), secret))
         return Finding(intact, () if intact else ("the code",))
 
-    @staticmethod
-    def _same(opened: Weights, name: str, recorded: dict[str, str]) -> bool:
-        return tensor_digest(opened[name]) == recorded[name]
+
+def _recorded(tensor: Tensor) -> tuple[str, Tensor | None]:
+    """What the record keeps of a tensor: its digest, and the tags of its channels where it has some."""
+    return tensor_digest(tensor), _channel_tags(tensor) if tensor.dim() >= 2 else None
+
+
+def _channel_tags(tensor: Tensor) -> Tensor:
+    """The first bytes of each channel's SHA-256: (channels, 4) uint8."""
+    data = tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8).numpy().data
+    count, width = len(tensor), len(data) // max(1, len(tensor))
+    tags = b"".join(hashlib.sha256(data[i * width : (i + 1) * width]).digest()[:_TAG] for i in range(count))
+    return torch.tensor(bytearray(tags), dtype=torch.uint8).reshape(count, _TAG)
+
+
+def _changes(tensor: Tensor, digest: str, tags: Tensor | None) -> tuple[int, ...] | None:
+    """Which channels of a tensor differ from the record: None where nothing does, () where all or unknown."""
+    if tensor_digest(tensor) == digest:
+        return None
+    if tags is None or tensor.dim() < 2 or len(tensor) != len(tags):
+        return ()
+    differ = (_channel_tags(tensor) != tags).any(1)
+    return () if bool(differ.all()) else tuple(differ.nonzero().squeeze(1).tolist()[:_LISTED])

@@ -5,20 +5,22 @@ from __future__ import annotations
 import copy
 import math
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar, final
 
 import numpy as np
 from torch import Tensor, nn
 
+from sealmark.core.embedding import Embedding, Marked
 from sealmark.core.errors import ForgedSecretError, MarkFailedError, ParameterError
-from sealmark.core.evidence import DEFAULT_ALPHA, Evidence, Score, check_alpha, judge
+from sealmark.core.evidence import DEFAULT_ALPHA, AlignedNull, Evidence, Score, check_alpha, judge
 from sealmark.core.scheme import Scheme
 from sealmark.core.secret import Secret
-from sealmark.core.suspect import Access, Suspect, WhiteBox
+from sealmark.core.suspect import Access, Suspect, WhiteBox, aligned
 from sealmark.core.task import Batch, Recipe, Task
-from sealmark.core.training import Extra, OnEpoch, Term, train
-from sealmark.core.weights import weights_of
+from sealmark.core.training import OnEpoch, train
+from sealmark.core.weights import TensorMap, Weights, weights_of
 
 
 class Verifiable(Scheme):
@@ -26,17 +28,46 @@ class Verifiable(Scheme):
 
     Attributes:
         access: what `score` touches.
+        has_key: whether another secret for the same model reads something else. Fingerprints of lineage keep
+            nothing secret: whoever has the original can verify.
     """
 
     access: ClassVar[Access]
+    has_key: ClassVar[bool] = True
 
     def derive(self, secret: Secret) -> dict[str, Tensor]:
         """Every random part of the secret, from its seed and facts alone, by name.
 
-        `verify` refuses a secret that brings such a part along among its tensors: a paper's key is its
-        projection matrix, and anyone can solve for one that fits.
+        A secret that brings such a part along among its tensors is refused: a paper's key is its projection
+        matrix, and anyone can solve for one that fits.
         """
         return {}
+
+    def parts(self, secret: Secret) -> dict[str, Tensor]:
+        """What `score` reads by: the derived parts, or what the secret brings along instead of them.
+
+        So a forged secret fits as it would in the paper, and nothing but `check_secret` refuses it.
+        """
+        derived = self.derive(secret)
+        return derived | {name: secret.tensors[name] for name in derived.keys() & secret.tensors.keys()}
+
+    def check_secret(self, secret: Secret, commitment: str | None = None) -> None:
+        """Refuse also a secret that brings a derived part along; see `Scheme.check_secret`."""
+        super().check_secret(secret, commitment)
+        carried = self.derive(secret).keys() & secret.tensors.keys() if secret.tensors else set()
+        if carried:
+            raise ForgedSecretError(
+                f"the secret brings its own {' and '.join(sorted(carried))}", expected="what follows from its seed"
+            )
+
+    def blind(self, secret: Secret) -> TensorMap | None:
+        """For aligning a suspect to a marked original: each tensor without what `score` reads of it.
+
+        Alignment then decides by what is left, so that it cannot bend an innocent model towards the mark.
+        It gets tensors in the original's form and must not change them in place. None, the default, says
+        that nothing can be told apart: such a mark is verified against the model as it was before marking.
+        """
+        return None
 
     @abstractmethod
     def score(self, suspect: Suspect, secret: Secret) -> Score:
@@ -51,6 +82,7 @@ class Verifiable(Scheme):
         alpha: float = DEFAULT_ALPHA,
         tries: float = 1,
         commitment: str | None = None,
+        original: nn.Module | None = None,
     ) -> Evidence:
         """Is this suspect mine?
 
@@ -60,34 +92,53 @@ class Verifiable(Scheme):
             alpha: largest accepted probability of a MATCH on a model made without the secret.
             tries: hypotheses searched; ``2**64`` allows for a claimant who ground that many seeds.
             commitment: the one published before release; a secret that does not open it is refused.
+            original: the owner's own model. The suspect's hidden units are put back into its order, scale
+                and sign first, since a thief can change those at no cost. Against the model for which the
+                secret was made the law stays exact; against a marked one see `Basis.ALIGNED`.
 
         Returns:
             A verdict with its p-value and what it rests on.
 
         Raises:
             AccessError: the suspect does not show what the scheme reads.
-            ParameterError: the secret belongs to another scheme; alpha or tries mean nothing.
+            ParameterError: the secret belongs to another scheme; alpha or tries mean nothing; an original
+                that this scheme cannot use.
             ForgedSecretError: the secret does not re-derive, or does not open the commitment.
             ModelMismatchError: the suspect's form does not fit what the scheme reads.
+            UnsupportedError: the original's structure cannot be read.
         """
         check_alpha(alpha, tries)
-        suspect.require(self.access)
+        if original is None:  # one that is aligned lends its architecture to the suspect's weights
+            suspect.require(self.access)
         self.check_secret(secret, commitment)
-        carried = self.derive(secret).keys() & secret.tensors.keys() if secret.tensors else set()
-        if carried:
-            raise ForgedSecretError(
-                f"the secret brings its own {' and '.join(sorted(carried))}", expected="what follows from its seed"
-            )
         before = suspect.queries
-        score = self.score(suspect, secret)
         return judge(
-            score,
+            self.score(suspect, secret) if original is None else self._score_aligned(suspect, secret, original),
             alpha=alpha,
             tries=tries,
             scheme=self.name,
             commitment=secret.commitment,
             queries=suspect.queries - before,
         )
+
+    def _score_aligned(self, suspect: Suspect, secret: Secret, original: nn.Module) -> Score:
+        if not self.access & (Access.WEIGHTS | Access.MODULE):
+            raise ParameterError(
+                f"{self.name} reads answers and needs no alignment", expected="no original", found="one"
+            )
+        unmarked = weights_of(original).digest() == secret.facts.get("model")
+        blind = self.blind(secret)  # also against the unmarked original, where what the mark moved is noise
+        if not unmarked and blind is None:
+            raise ParameterError(
+                f"{self.name} cannot be aligned to this original",
+                expected=f"the model that the secret was made for, digest {str(secret.facts.get('model'))[:16]}",
+                found=weights_of(original).digest()[:16],
+                advice="pass the model as it was before it was marked",
+            )
+        found, suspect = aligned(suspect, original, blind)
+        score = self.score(suspect, secret)
+        null = score.null if unmarked else AlignedNull(score.null)
+        return Score(score.statistic, null, {**score.details, "alignment": found})
 
 
 class Watermark(Verifiable):
@@ -157,15 +208,20 @@ class Watermark(Verifiable):
         """Rows to train on beside ``batch``."""
         return batch.take(slice(0, 0))
 
-    def terms(self, secret: Secret) -> list[Term]:
-        """`loss` in the training loop's form; empty where the scheme has none."""
-        plain = type(self).loss is Watermark.loss
-        return [] if plain else [lambda model, batch: self.loss(model, secret, batch)]
+    def lesson(self, model: nn.Module, task: Task) -> Task:
+        """The task to embed by: as it is, or with other targets made by ``model``, before it is marked."""
+        return task
 
-    def extras(self, secret: Secret) -> list[Extra]:
-        """`extra` in the training loop's form; empty where the scheme has none."""
-        plain = type(self).extra is Watermark.extra
-        return [] if plain else [lambda batch, rng: self.extra(secret, batch, rng)]
+    def embedding(self, model: nn.Module, secret: Secret, task: Task | None, rng: np.random.Generator) -> Embedding:
+        """One run: `loss` and `extra` by default; see `Embedding` for schemes that do more.
+
+        Args:
+            model: about to be trained; may be rebuilt in place.
+            secret: of `keygen`.
+            task: the owner's; None in the user's own loop.
+            rng: for what is drawn once.
+        """
+        return Embedding(self, secret)
 
     def embed(
         self,
@@ -176,7 +232,7 @@ class Watermark(Verifiable):
         rng: np.random.Generator,
         recipe: Recipe | None = None,
         on_epoch: OnEpoch | None = None,
-    ) -> nn.Module:
+    ) -> Marked:
         """A marked copy: of an untrained model from scratch, of a trained one by fine-tuning.
 
         Args:
@@ -187,10 +243,14 @@ class Watermark(Verifiable):
             recipe: how to train; the task's by default.
             on_epoch: progress.
 
+        Returns:
+            The copy, and the secret to keep: it holds what was learned beside the model, if anything was.
+
         Raises:
             MarkFailedError: the mark cannot be read back at the default level.
         """
-        return embed_all([(self, secret)], model, task, rng=rng, recipe=recipe, on_epoch=on_epoch)
+        marked, secrets = embed_all([(self, secret)], model, task, rng=rng, recipe=recipe, on_epoch=on_epoch)
+        return Marked(marked, secrets[0])
 
     @final
     def check_embedded(self, model: nn.Module, secret: Secret) -> None:
@@ -198,7 +258,9 @@ class Watermark(Verifiable):
 
         Raises:
             MarkFailedError: it cannot.
+            ForgedSecretError: the secret does not re-derive.
         """
+        self.check_secret(secret)
         score = self.score(WhiteBox(model), secret)
         # a mark too short for the level can still be whole; verify then says INCONCLUSIVE
         if score.null.log_p(score.statistic) > max(math.log(DEFAULT_ALPHA), score.null.floor + 1e-9):
@@ -218,36 +280,53 @@ def embed_all(
     rng: np.random.Generator,
     recipe: Recipe | None = None,
     on_epoch: OnEpoch | None = None,
-) -> nn.Module:
-    """A copy of ``model`` that carries several watermarks, trained in one run; see `Watermark.embed`."""
+) -> tuple[nn.Module, list[Secret]]:
+    """A copy of ``model`` with several watermarks, trained in one run, and their secrets; see `Watermark.embed`."""
     for scheme, secret in marks:
         scheme.check_secret(secret)
+        task = scheme.lesson(model, task)
     marked = copy.deepcopy(model)
+    runs = [scheme.embedding(marked, secret, task, rng) for scheme, secret in marks]
     train(
         marked,
         task.owner,
         loss=task.loss,
         recipe=recipe or task.recipe,
         rng=rng,
-        terms=[term for scheme, secret in marks for term in scheme.terms(secret)],
-        extras=[extra for scheme, secret in marks for extra in scheme.extras(secret)],
+        terms=[term for run in runs for term in run.terms],
+        extras=[extra for run in runs for extra in run.extras],
+        augment=task.augment,
         on_epoch=on_epoch,
     )
-    for scheme, secret in marks:
+    secrets = [run.finish(marked) for run in reversed(runs)][::-1]
+    for (scheme, _), secret in zip(marks, secrets, strict=True):
         scheme.check_embedded(marked, secret)
-    return marked
+    return marked, secrets
 
 
 class Fingerprint(Verifiable):
-    """Ownership without changing the model: the secret records how the model behaves."""
+    """Ownership without changing the model: the secret records what the model is or how it behaves."""
 
     @abstractmethod
     def enroll(
         self,
-        model: nn.Module,
-        task: Task,
+        model: nn.Module | Weights | Path | str,
+        task: Task | None = None,
         *,
+        references: Sequence[nn.Module | Weights | Path | str] = (),
         owner: str = "",
         rng: np.random.Generator | None = None,
     ) -> Secret:
-        """A secret that records the model; `Scheme.new_secret` makes it."""
+        """A secret that records the model; `Scheme.new_secret` makes it.
+
+        Args:
+            model: left as it is.
+            task: what it is for, where the scheme must ask it.
+            references: models that have nothing to do with it, the more the better: a law that is not
+                exact is learned from them.
+            owner: the owner's public key, bound into the secret.
+            rng: for tests; the operating system's randomness by default.
+
+        Raises:
+            ParameterError: the scheme needs a live model, a task or references, and got none.
+        """

@@ -15,13 +15,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, get_origin, get_type_hints
 
 from sealmark.core.card import AttackCard, Card
-from sealmark.core.errors import ParameterError, UnknownNameError
+from sealmark.core.errors import ParameterError, UnknownNameError, UnsupportedError
 
 if TYPE_CHECKING:
-    from sealmark.core.attack import Attack
+    from sealmark.core.attack import Attack, Modification
     from sealmark.core.scheme import Scheme
     from sealmark.core.secret import Secret
     from sealmark.core.task import Task
@@ -132,6 +132,20 @@ def attack(name: str, /, **parameters: Any) -> Attack:
     return made
 
 
+def modification(name: str, /, **parameters: Any) -> Modification:
+    """An attack by name that changes a model; see `scheme`.
+
+    Raises:
+        UnsupportedError: it forges secrets instead.
+    """
+    from sealmark.core.attack import Modification
+
+    made = attack(name, **parameters)
+    if not isinstance(made, Modification):
+        raise UnsupportedError(f"{name} forges secrets and changes no model", expected="an attack on a model")
+    return made
+
+
 def task(name: str) -> Task:
     """A task by name, with its data loaded.
 
@@ -161,6 +175,8 @@ def _convert(name: str, value: Any, kind: Any) -> Any:
     if isinstance(value, str) and kind is not Any:
         with contextlib.suppress(ValueError, SyntaxError):
             value = ast.literal_eval(value)
+    if get_origin(kind) is tuple and isinstance(value, str):
+        value = [part for part in value.split(",") if part]
     return tuple(value) if isinstance(value, list) else value
 
 

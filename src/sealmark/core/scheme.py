@@ -8,7 +8,8 @@
     │   └── WeightLock     the same on files           locker, unlocker
     ├── UserMark           which user is this?         enroll, issue, trace, authenticate
     │   └── WeightMark     the same on files           marker, suspicion
-    └── WeightSeal         was it changed?             seal, check, restore
+    └── Seal               was it changed?             seal, check, restore
+        └── WeightSeal     the same on files           sealer, opener
 
 A scheme is a frozen dataclass: its fields are its hyper-parameters and computing starts with a call.
 """
@@ -18,7 +19,7 @@ from __future__ import annotations
 import json
 from abc import ABC
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass, fields
 from datetime import UTC, datetime
 from typing import Any, ClassVar
 
@@ -57,8 +58,9 @@ class Scheme(ABC):
         facts = secret.facts
         if facts.get("scheme") != self.name:
             raise ParameterError("secret of another scheme", expected=self.name, found=facts.get("scheme"))
-        claimed = facts.get("parameters", {})
         mine = _plain(self.parameters)
+        added = {field.name: field.default for field in fields(self)}  # since the secret was made
+        claimed = _plain({k: v for k, v in added.items() if v is not MISSING}) | facts.get("parameters", {})
         if claimed != mine:
             different = {k for k in claimed.keys() | mine.keys() if claimed.get(k) != mine.get(k)}
             raise ParameterError(

@@ -35,7 +35,8 @@ class Secret:
         seed: 32 bytes; all randomness of the secret comes from it.
         facts: plain JSON: ``scheme``, ``parameters``, ``owner`` (public key, hexadecimal, may be
             empty), ``model`` (digest of the model that it was made for), ``host`` (what the scheme
-            needs to know of that model), ``tensors`` (digests of the tensors).
+            needs to know of that model), ``tensors`` (digests of the tensors), ``learned`` (digests of
+            those that embedding added, see `with_learned`; they change the commitment and no stream).
         tensors: what cannot be derived (an owner's images, a record of positions).
         created: ISO 8601 time, for people; it proves nothing and is not committed.
 
@@ -69,7 +70,8 @@ class Secret:
         if not all(isinstance(facts.get(name, {}), Mapping) for name in ("host", "parameters")):
             raise ParameterError("bad facts", expected="objects under 'host' and 'parameters'")
         self._seed = bytes(seed)
-        self._salt = bytes.fromhex(sha256_hex(self._facts))
+        drawn = {name: fact for name, fact in facts.items() if name != "learned"}
+        self._salt = bytes.fromhex(sha256_hex(canonical_json(drawn)))
         self._memo: dict[object, Any] = {}
         self.tensors: Mapping[str, Tensor] = MappingProxyType(dict(tensors or {}))
         self.created = created
@@ -113,6 +115,17 @@ class Secret:
         value: _T = self._memo[name]
         return value
 
+    def with_learned(self, learned: Mapping[str, Tensor]) -> Secret:
+        """The same secret with what embedding learned beside the model, such as an extractor.
+
+        Streams stay as they are; the commitment is another, to be published before release. What is
+        learned can be learned after the fact for any model, so it proves nothing without that.
+        """
+        tensors = {name: tensor.detach().to("cpu").clone() for name, tensor in learned.items()}
+        digests = {name: tensor_digest(tensor) for name, tensor in tensors.items()}
+        kept = {name: tensor for name, tensor in self.tensors.items() if name not in self.facts.get("learned", {})}
+        return Secret(self._seed, self.facts | {"learned": digests}, {**kept, **tensors}, created=self.created)
+
     def check(self, commitment: str | None = None) -> None:
         """Refuse a secret whose tensors or commitment are not the ones that it claims.
 
@@ -122,9 +135,11 @@ class Secret:
         Raises:
             ForgedSecretError: a tensor is not the committed one, or the commitment is another.
         """
-        claimed = self.facts.get("tensors", {})
-        if not isinstance(claimed, dict) or not all(isinstance(value, str) for value in claimed.values()):
-            raise ForgedSecretError("the secret's facts are malformed", expected="digests of tensors")
+        claimed: dict[str, str] = {}
+        for part in (self.facts.get("tensors", {}), self.facts.get("learned", {})):
+            if not isinstance(part, dict) or not all(isinstance(value, str) for value in part.values()):
+                raise ForgedSecretError("the secret's facts are malformed", expected="digests of tensors")
+            claimed |= part
         found = {name: tensor_digest(tensor) for name, tensor in self.tensors.items()}
         if claimed != found:
             different = sorted(k for k in {**claimed, **found} if claimed.get(k) != found.get(k))

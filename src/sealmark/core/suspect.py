@@ -9,14 +9,14 @@ from abc import ABC
 from collections.abc import Callable
 from enum import Flag, auto
 from pathlib import Path
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
 from sealmark.core.errors import AccessError, BudgetError, FormatError, ParameterError
 from sealmark.core.modes import chunks, evaluating
-from sealmark.core.weights import FileWeights, ModelWeights, Weights
+from sealmark.core.weights import FileWeights, ModelWeights, TensorMap, Weights
 
 Returns = Literal["label", "probabilities", "logits"]
 
@@ -204,3 +204,24 @@ class BlackBox(Suspect):
                 advice="say what predict returns: label, probabilities or logits",
             )
         return answer
+
+
+def aligned(
+    suspect: Suspect, original: nn.Module, blind: TensorMap | None = None
+) -> tuple[dict[str, Any], Suspect]:
+    """The suspect with its hidden units in the original's order, scale and sign, and what was undone.
+
+    Args:
+        suspect: shows its weights; is not changed.
+        original: a live model, for its structure and its weights.
+        blind: takes from a tensor what must not influence the alignment.
+
+    Raises:
+        AccessError: the suspect shows no weights.
+        ModelMismatchError: it is not of the original's architecture.
+        UnsupportedError: the original's structure cannot be read.
+    """
+    from sealmark.core.symmetry.alignment import align
+
+    found = align(suspect.weights, original, blind=blind)
+    return found.note, WhiteBox(found.model(original))

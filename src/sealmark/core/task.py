@@ -47,6 +47,7 @@ class Batch(NamedTuple):
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 Metric = Callable[[Tensor, Tensor], float]
+Augment = Callable[[Batch, np.random.Generator], Batch]
 
 
 def accuracy(outputs: Tensor, targets: Tensor) -> float:
@@ -70,6 +71,7 @@ class Recipe:
         momentum: of SGD.
         weight_decay: of SGD.
         clip: largest norm of a gradient, 0 for no limit.
+        bfloat16: compute in mixed precision, channels last: about twice as fast on convolutional networks.
     """
 
     epochs: int = 15
@@ -78,6 +80,7 @@ class Recipe:
     momentum: float = 0.9
     weight_decay: float = 5e-4
     clip: float = 0.0
+    bfloat16: bool = False
 
     def __post_init__(self) -> None:
         if self.epochs < 0 or self.batch_size < 1 or self.rate < 0:
@@ -101,6 +104,7 @@ class Task:
         metric: (outputs, targets) to a number, higher is better.
         chance: the metric of a useless model.
         recipe: how the owner trains.
+        augment: changes the rows of a batch at random while training; None for no change.
     """
 
     name: str
@@ -113,6 +117,7 @@ class Task:
     metric: Metric = accuracy
     chance: float = 0.0
     recipe: Recipe = field(default_factory=Recipe)
+    augment: Augment | None = None
 
     def model(self, rng: np.random.Generator) -> nn.Module:
         """An untrained model; its initial weights come from ``rng``."""

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from sealmark.core.errors import MarkFailedError, ParameterError
 from sealmark.core.modes import chunks, device_of, seeded, torch_generator
-from sealmark.core.task import Batch, Loss, Recipe, Task
+from sealmark.core.task import Augment, Batch, Loss, Recipe, Task
 
 Term = Callable[[nn.Module, Batch], Tensor]  # a scalar that is added to the task's loss
 Extra = Callable[[Batch, np.random.Generator], Batch]  # rows that are trained on beside a batch
@@ -51,6 +51,7 @@ def train(
     terms: Sequence[Term] = (),
     extras: Sequence[Extra] = (),
     parameters: Sequence[nn.Parameter] | None = None,
+    augment: Augment | None = None,
     on_epoch: OnEpoch | None = None,
 ) -> TrainingReport:
     """Train ``model`` in place, on the device where it is.
@@ -64,6 +65,7 @@ def train(
         terms: added to the loss at each step; they see the batch without the extra rows.
         extras: rows appended to each batch.
         parameters: which to train; all by default.
+        augment: changes each batch at random, before extra rows join it.
         on_epoch: progress.
 
     Raises:
@@ -92,11 +94,14 @@ def train(
             sums = torch.zeros((), device=device)
             shuffled = torch.randperm(rows.rows, generator=order).to(device)
             for chunk in chunks(shuffled, recipe.batch_size):
-                batch = own = rows_on.take(chunk)
+                own = rows_on.take(chunk)
+                batch = own = augment(own, rng) if augment else own
                 for extra in extras:
                     batch = batch.join(extra(batch, rng))
-                value = loss(model(batch.inputs), batch.targets)
-                for term in terms:
+                with _precision(recipe, device):
+                    outputs = model(_laid_out(batch.inputs, recipe))
+                value = loss(outputs.float() if recipe.bfloat16 else outputs, batch.targets)
+                for term in terms:  # in full precision: a mark's term can be small
                     value = value + term(model, own)
                 optimizer.zero_grad(set_to_none=True)
                 value.backward()  # type: ignore[no-untyped-call]
@@ -116,6 +121,15 @@ def train(
     return TrainingReport(losses, seen, recipe.epochs * per_epoch, time.perf_counter() - began)
 
 
+def _precision(recipe: Recipe, device: torch.device) -> torch.autocast:
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=recipe.bfloat16)
+
+
+def _laid_out(inputs: Tensor, recipe: Recipe) -> Tensor:
+    fast = recipe.bfloat16 and inputs.ndim == 4
+    return inputs.contiguous(memory_format=torch.channels_last) if fast else inputs
+
+
 def train_task(
     task: Task,
     *,
@@ -133,6 +147,7 @@ def train_task(
         loss=task.loss,
         recipe=recipe or task.recipe,
         rng=rng,
+        augment=task.augment,
         on_epoch=on_epoch,
     )
     return model

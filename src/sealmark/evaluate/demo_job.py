@@ -116,7 +116,7 @@ class Job:
         task, seed = self.task, self.seed
         fresh = task.model(generator(seed, "plain")).to(self.device)
         self.marks = new_marks(MARKS, fresh, task, seed, self.signer.verify_key.raw.hex())
-        self.marked = embed_all(
+        self.marked, _ = embed_all(
             list(self.marks.values()),
             fresh,
             task,
@@ -160,10 +160,10 @@ class Job:
     def leak(self, _: OnEpoch) -> str:
         """One user's copy, fine-tuned and pruned; and the average of three users' copies."""
         task, seed, plain = self.task, self.seed, self.summary["plain"]["accuracy"]
-        tuned = attack_figures(registry.attack("fine_tune"), self.copies[LONE], task, plain, seed)
-        pruned = attack_figures(registry.attack("prune"), tuned.model, task, plain, seed)
+        tuned = attack_figures(registry.modification("fine_tune"), self.copies[LONE], task, plain, seed)
+        pruned = attack_figures(registry.modification("prune"), tuned.model, task, plain, seed)
         copies = [self.copies[user] for user in COLLUDERS]
-        mixed = attack_figures(registry.attack("average"), copies, task, plain, seed)
+        mixed = attack_figures(registry.modification("average"), copies, task, plain, seed)
         rows = task.attacker.rows
         self.leaks = [pruned.model, mixed.model]
         self.summary["leaks"] = [

@@ -131,10 +131,7 @@ def _copies(summary: Mapping[str, Any]) -> Section:
         ("User", "Accuracy of the copy"),
         [(user, f"{entry['accuracy']:.1%}") for user, entry in scores.items()],
     )
-    lead = (
-        "Each user's copy carries a code of its own, spread over all weights by changes of a twentieth of "
-        "their spread."
-    )
+    lead = "Each user's copy carries a code of its own, spread over all weights by changes of 3 % of their spread."
     return Section("3. Issue", lead, [claim], [table])
 
 

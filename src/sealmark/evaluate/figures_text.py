@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from sealmark.evaluate.markdown import number, spread, table
+
 _MATCH = -6.0  # log10 of the level alpha
 _MET = {True: "met", False: "**falls short**", None: ""}
 
@@ -38,17 +40,17 @@ def _title(row: Mapping[str, Any]) -> str:
         return f"attack {row['attack']}: {row['requirement']}"
     if "part" not in row:
         return f"null of {row['name']}"
-    return f"{row['group']} ({row['part']}), {row['name']}: {_number(row['mean'])}, required {row['requirement']}"
+    return f"{row['group']} ({row['part']}), {row['name']}: {number(row['mean'])}, required {row['requirement']}"
 
 
 def _scheme_tables(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     lines: list[str] = []
     for group in dict.fromkeys(row["group"] for row in rows):
         lines += [f"## {group}", ""]
-        lines += _table(
+        lines += table(
             ("", "Figure", "Mean", "Least to largest", "Required", ""),
             [
-                (row["part"], row["name"].replace("_", " "), _number(row["mean"]), _range(row["values"]),
+                (row["part"], row["name"].replace("_", " "), number(row["mean"]), spread(row["values"]),
                  row["requirement"], _MET[row["met"]])
                 for row in rows
                 if row["group"] == group
@@ -67,14 +69,14 @@ def _attack_tables(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         "for all that the model was worth. An attacker without training has an untrained net for scratch. On so "
         "easy a task 400 rows are nearly as good as the model; then the gain is a ratio of two small numbers.",
         "",
-        *_table(
+        *table(
             ("Attack", "Accuracy", "Scratch", "Mean gain", "CPU s", "Rows", "Rows trained on", "Copies"),
             [
                 (
                     row["attack"],
-                    *(_range(row["values"][name]) for name in ("accuracy", "scratch")),
-                    _number(row["mean"]["gain"]),
-                    *(_number(row["mean"][name]) for name in cost),
+                    *(spread(row["values"][name]) for name in ("accuracy", "scratch")),
+                    number(row["mean"]["gain"]),
+                    *(number(row["mean"][name]) for name in cost),
                 )
                 for row in rows
             ],
@@ -85,7 +87,7 @@ def _attack_tables(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         "For spread_spectrum it is the guiltiest user's, corrected for all users.",
         "",
     ]  # fmt: skip
-    lines += _table(
+    lines += table(
         (
             "Attack",
             "uchida",
@@ -101,8 +103,8 @@ def _attack_tables(rows: Sequence[Mapping[str, Any]]) -> list[str]:
             (
                 row["attack"],
                 *(_mark(row["values"][name]) for name in ("uchida", "adi", "spread_spectrum")),
-                _range(row["values"]["guilty accused"]),
-                _range(row["values"]["innocent accused"]),
+                spread(row["values"]["guilty accused"]),
+                spread(row["values"]["innocent accused"]),
                 "change found" if all(row["values"]["reversible: change found"]) else "**missed**",
                 row["requirement"],
                 _MET[row["met"]],
@@ -121,15 +123,15 @@ def _null_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         "under 0.01 a null would not hold. Values over all seeds together.",
         "",
     ]
-    return lines + _table(
+    return lines + table(
         ("Null", "p-values", "Smallest", "Matches", "Fit", ""),
         [
             (
                 row["name"],
                 str(row["count"]),
-                _number(row["smallest"]),
+                number(row["smallest"]),
                 str(row["matches"]),
-                _number(row["super_uniformity"]),
+                number(row["super_uniformity"]),
                 _MET[row["met"]],
             )
             for row in rows
@@ -137,25 +139,6 @@ def _null_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     )
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    rule = ["---"] * len(head)
-    return [*(f"| {' | '.join(row)} |" for row in (head, rule, *rows)), ""]
-
-
-def _range(values: Sequence[float | None]) -> str:
-    known = sorted(value for value in values if value is not None)
-    if not known:
-        return "undefined"
-    ends = dict.fromkeys((_number(known[0]), _number(known[-1])))
-    return " to ".join(ends)
-
-
 def _mark(values: Sequence[float | None]) -> str:
     lost = any(value is not None and value > _MATCH for value in values)
-    return f"{_range(values)}, **lost**" if lost else _range(values)
-
-
-def _number(value: float | None) -> str:
-    if value is None:
-        return "undefined"
-    return f"{value:.0f}" if value == round(value) else f"{value:.1f}" if abs(value) >= 10 else f"{value:.3g}"
+    return f"{spread(values)}, **lost**" if lost else spread(values)

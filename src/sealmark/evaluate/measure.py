@@ -134,7 +134,8 @@ def watermark_figures(base: Ground, name: str, mode: str, **parameters: Any) -> 
     if mode == "own loop":
         model = own_loop(base, scheme, secret)
     else:
-        model = scheme.embed(start, secret, base.task, rng=base.generator(label), recipe=base.recipe)
+        marked = scheme.embed(start, secret, base.task, rng=base.generator(label), recipe=base.recipe)
+        model, secret = marked.model, marked.secret
     wrong = scheme.keygen(start, base.task, rng=base.generator(f"wrong secret {label}"))
     found = scheme.verify(view(scheme.access, model), secret)
     return {
@@ -173,7 +174,7 @@ def neural_lock_figures(base: Ground) -> Figures:
     lock = cast("Lock", registry.scheme("chaotic_weights"))
     found = lock_figures(lock, base.plain, base.task, base.seed, base.effort.wrong_keys)
     locked = lock.lock(base.plain, base.task, rng=base.generator(f"key {lock.name}")).model
-    attack = registry.attack("fine_tune", epochs=base.effort.epochs, rate=0.05)
+    attack = registry.modification("fine_tune", epochs=base.effort.epochs, rate=0.05)
     tuned = attack_figures(attack, locked, base.task, base.accuracy, base.seed, share=LEAKED)
     untrained = [
         base.task.score(base.task.model(base.generator(f"untrained {i}"))) for i in range(base.effort.wrong_keys)
@@ -255,7 +256,7 @@ def fleet(base: Ground, colluders: int = 3) -> Fleet:
     """Watermark a model twice, issue it to all users, and seal the copies of those who will leak."""
     marks = dict(new_marks(("uchida", "adi"), base.fresh, base.task, base.seed))
     rng = base.generator("fleet")
-    marked = embed_all(list(marks.values()), base.fresh, base.task, rng=rng, recipe=base.recipe)
+    marked, _ = embed_all(list(marks.values()), base.fresh, base.task, rng=rng, recipe=base.recipe)
     scheme = cast("UserMark", registry.scheme("spread_spectrum"))
     secret = scheme.enroll(marked, base.task, rng=base.generator("secret users"))
     users = tuple(f"user {number:02d}" for number in range(base.effort.users))
@@ -292,7 +293,7 @@ def attack_rows(ships: Fleet) -> dict[str, Figures]:
 
 
 def _attack_row(ships: Fleet, name: str, parameters: dict[str, Any], share: float) -> Figures:
-    base, attack = ships.base, registry.attack(name, **parameters)
+    base, attack = ships.base, registry.modification(name, **parameters)
     targets = ships.copies if attack.card.copies > 1 else ships.copies[:1]
     found: AttackFigures = attack_figures(attack, targets, base.task, base.accuracy, base.seed, share=share)
     guilty = set(ships.users[: len(targets)])

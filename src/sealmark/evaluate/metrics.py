@@ -19,7 +19,7 @@ def attacker_gain(attacked: float, scratch: float, plain: float) -> float | None
 
     Args:
         attacked: of the surrogate.
-        scratch: of what the same attacker trains from scratch; see `Attack.scratch`.
+        scratch: of what the same attacker trains from scratch; see `Modification.scratch`.
         plain: of the unprotected model.
 
     Returns:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from sealmark.core import registry
-from sealmark.core.attack import Attack, Cost, Resources
+from sealmark.core.attack import Cost, Modification, Resources
 from sealmark.core.errors import ArtifactError, PolicyError, SealmarkError
 from sealmark.core.evidence import Evidence
 from sealmark.core.lock import Lock
@@ -140,7 +140,7 @@ class AttackFigures:
 
 
 def attack_figures(
-    attack: Attack,
+    attack: Modification,
     target: nn.Module | Sequence[nn.Module],
     task: Task,
     plain: float,

@@ -45,13 +45,13 @@ class SpreadSpectrum(WeightMark):
     Args:
         strength: height of the change, in standard deviations of the tensor. The default suits small
             networks. The more weights a bit has, the less it takes: 0.005 does for 22.7 million, where
-            0.05 moves embeddings by more than a buyer would like (docs/results/minilm.md).
+            0.03 moves embeddings by more than a buyer would like (docs/results/minilm.md).
         bits: length of the code, a multiple of 32.
         colluders: size of the coalition that the code is made for. Larger ones tend to go free; they never
             make it accuse others.
     """
 
-    strength: float = 0.05
+    strength: float = 0.03
     bits: int = 1024
     colluders: int = 3
 

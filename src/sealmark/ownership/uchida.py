@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -12,13 +13,18 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from sealmark.core.card import Card
-from sealmark.core.errors import ModelMismatchError, ParameterError, UnknownNameError
+from sealmark.core.embedding import Embedding
+from sealmark.core.errors import ParameterError
 from sealmark.core.evidence import Score
+from sealmark.core.hosts import choose_host, read_host
+from sealmark.core.modes import chunks, evaluating
 from sealmark.core.ownership import Watermark
+from sealmark.core.payload import payload_bits, payload_bytes
 from sealmark.core.secret import Secret
 from sealmark.core.suspect import Access, Suspect
 from sealmark.core.task import Batch, Task
-from sealmark.core.weights import TensorInfo, weights_of
+from sealmark.core.weights import TensorInfo, TensorMap
+from sealmark.crypto.random import Stream
 from sealmark.stats.nulls import Binomial
 
 
@@ -31,21 +37,37 @@ class Uchida(Watermark):
     over bits, not a mean). A bit is read as ``(X w)_j >= 0``.
 
     Embedding from scratch, by fine-tuning, or in the user's own loop (`sealmark.attach`) differ in the
-    model that one starts from and in nothing else.
+    model that one starts from and in nothing else. Distilling needs no labels: see ``distill``.
 
     Ours: X and b are derived from the committed seed, where the paper draws X at will and its code sets
     every b to one. So the number of matching bits is exactly Bin(bits, 1/2) on any suspect made without
-    the secret. The test is two-sided: weight shifting inverts the mark instead of erasing it.
+    the secret, whatever X: the bits of b are the coins. The test is two-sided: weight shifting inverts
+    the mean filter, and with it every bit of every kind of X, instead of erasing the mark.
 
     Args:
-        layer: name of the weight tensor; empty for the largest host that has at least ``bits`` entries.
+        layer: name of the weight tensor; empty for the largest host that has room for ``bits``.
         bits: T, the length of the message; at most the host's length M, and BER 0 wants T well under M.
-        strength: lambda. The paper's 0.01 suits 576 hosts and 200 epochs; small nets want more.
+        strength: lambda. The paper's 0.01 suits 576 hosts and 200 epochs; small nets want more. ``direct``
+            and ``diff`` move one or two entries a bit where ``random`` moves all of them, and want about
+            1: at 0.02 a tenth to a third of the bits stays wrong on the digits.
+        projection: ``random``: X is standard normal. ``direct``: a one in each row, in distinct columns.
+            ``diff``: a one and a minus one in each row, all in distinct columns, so that 2 T <= M.
+        objective: ``bce`` is the paper's and never stops pushing, which widens the weights for all to
+            see. ``hinge`` is ours: ``strength * sum_j max(0, margin - (2 b_j - 1) (X w)_j)`` stops at the
+            margin, so that few bits hide in the distribution of the weights. It is covert, not stubborn:
+            a stronger mark on top displaces it, see ``broken_by``.
+        margin: of the hinge; about half of the standard deviation of (X w)_j in unmarked models.
+        distill: train against the answers of the model that embedding starts from, which must be
+            trained, instead of the labels; those are not read.
     """
 
     layer: str = ""
     bits: int = 256
     strength: float = 0.02
+    projection: Literal["random", "direct", "diff"] = "random"
+    objective: Literal["bce", "hinge"] = "bce"
+    margin: float = 0.03
+    distill: bool = False
 
     access = Access.WEIGHTS
     carries_payload = True
@@ -63,24 +85,33 @@ class Uchida(Watermark):
         needs_data=True,
         reported="256 bits in WRN-10-4 on CIFAR-10; survives fine-tuning and pruning of 65 % of the "
         "weights (abstract)",
-        reproduced="digits, 3 seeds: 256 bits at BER 0 and p = 2e-77, from scratch, by fine-tuning and in an"
-        " own loop; accuracy within 0.1 points on average (docs/results/figures.md)",
+        reproduced="digits, 3 seeds: 256 bits at BER 0 and p = 2e-77, from scratch, by fine-tuning, in an own "
+        "loop (docs/results/figures.md), by distilling, and with direct and diff at strength 1; accuracy .988 "
+        "to .991 on average, .991 without a mark; BER 0 after 20 epochs of fine-tuning, pruning of 50 % and "
+        "int8; overwriting at the same and at ten times the strength: BER .05 and .25 (p <= 1e-13), direct 0 "
+        "and .15, diff 0 and 0. Kolmogorov-Smirnov distance of the mean filter to unmarked models: random .43, "
+        "direct .13, diff .25, the hinge .10, unmarked .03 to .04; 64 bits in conv3: bce .47, the hinge .04 to "
+        ".06, unmarked .03 to .06",
         broken_by=(
             "permuting the input channels of the layer, or dummy neurons, at no cost in accuracy "
             "(Yan et al. 2022, 2023), unless the suspect is aligned to the original first",
             "training a new model on its answers (Lukas et al. 2022)",
-            "detection and overwriting through the weights' variance (Wang and Kerschbaum 2019)",
+            "detection and overwriting through the weights' variance (Wang and Kerschbaum 2019); with the hinge "
+            "the variance does not show, but overwriting at ten times the strength takes 64 bits in conv3 to BER "
+            ".41 to .52 and 256 in fc1 to .31 to .40, at no cost in accuracy (measured, 3 seeds)",
         ),
-        deviations=("keyed X and b", "two-sided exact test instead of BER = 0"),
+        deviations=("keyed X and b", "two-sided exact test instead of BER = 0", "the hinge, as a mode"),
         max_drop=0.01,
     )
 
     def __post_init__(self) -> None:
-        if self.bits < 1 or self.strength <= 0:
+        numbers = self.bits >= 1 and self.strength > 0 and self.margin > 0
+        if not numbers or self.projection not in _ENTRIES or self.objective not in ("bce", "hinge"):
             raise ParameterError(
                 "bad parameters of uchida",
-                expected="bits >= 1, strength > 0",
-                found=(self.bits, self.strength),
+                expected="bits >= 1, strength and margin > 0, projection random, direct or diff, "
+                "objective bce or hinge",
+                found=self.parameters,
             )
 
     def bind(
@@ -90,74 +121,111 @@ class Uchida(Watermark):
         chosen: Mapping[str, Tensor],
     ) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Choose the layer and note its form."""
-        hosts = {name: _length(info) for name, info in weights_of(model).info.items() if len(info.shape) >= 2}
-        layer = self.layer or max(hosts, key=lambda name: (hosts[name], name), default="")
-        if layer not in hosts:
-            raise UnknownNameError("no such weight tensor", expected=f"one of {sorted(hosts)}", found=layer)
-        if hosts[layer] < self.bits:
-            raise ParameterError(
-                f"{layer} is too small a host",
-                expected=f"at most {hosts[layer]} bits",
-                found=self.bits,
-                advice="pass fewer bits or a layer with more inputs",
-            )
-        return {"layer": layer, "length": hosts[layer]}, {}
+        layer, info = choose_host(
+            model, self.layer, room=lambda info: _length(info) // _ENTRIES[self.projection], need=self.bits
+        )
+        return {"layer": layer, "length": _length(info)}, {}
 
     def derive(self, secret: Secret) -> dict[str, Tensor]:
-        """``projection`` X: (T, M) float32 of standard normals; ``message`` b: (T,) float32 of 0 and 1."""
+        """``projection`` X: (T, M) float32; ``message`` b: (T,) float32 of 0 and 1."""
 
         def draw() -> dict[str, Tensor]:
-            length = int(secret.host["length"])
-            projection = secret.stream("projection").normal(self.bits * length)
-            keyed = secret.stream("message").bits(self.bits)
+            stream, length = secret.stream("projection"), int(secret.host["length"])
             return {
-                "projection": torch.from_numpy(projection).float().reshape(self.bits, length),
-                "message": torch.from_numpy(keyed ^ self._payload(secret)).float(),
+                "projection": _projection(self.projection, stream, self.bits, length),
+                "message": torch.from_numpy(payload_bits(secret, self.bits)).float(),
             }
 
         return secret.memo("uchida", draw)
 
     def loss(self, model: nn.Module, secret: Secret, batch: Batch) -> Tensor:
-        """``strength * sum_j BCE((X w)_j, b_j)``."""
+        """``strength`` times the sum over the bits of the objective."""
         weight = model.get_parameter(secret.host["layer"])
         key = secret.memo(("uchida", weight.device), lambda: _moved(self.derive(secret), weight.device))
         logits = key["projection"] @ _host(weight).float()
+        if self.objective == "hinge":
+            return self.strength * (self.margin - (2 * key["message"] - 1) * logits).relu().sum()
         return self.strength * functional.binary_cross_entropy_with_logits(logits, key["message"], reduction="sum")
+
+    def embedding(self, model: nn.Module, secret: Secret, task: Task | None, rng: np.random.Generator) -> Embedding:
+        """See `Watermark.embedding`.
+
+        Raises:
+            ParameterError: ``distill``, in a loop whose loss is another's.
+        """
+        if self.distill and (task is None or task.loss is not soft_cross_entropy):
+            raise ParameterError(
+                "uchida that distills cannot share a loop with labels",
+                expected="Uchida.embed, or a task of `distilled`",
+                found="a loop of your own" if task is None else f"the task {task.name}",
+                advice="pass distill=False",
+            )
+        return super().embedding(model, secret, task, rng)
+
+    def lesson(self, model: nn.Module, task: Task) -> Task:
+        """See `Watermark.lesson`: the model's own answers are the targets where it distills."""
+        return distilled(task, model) if self.distill else task
 
     def score(self, suspect: Suspect, secret: Secret) -> Score:
         """Matching bits against Bin(bits, 1/2), two-sided."""
-        key = self.derive(secret)
         read = self._read(suspect, secret)
-        matches = int((read == key["message"].numpy()).sum())
+        matches = int((read == self.parts(secret)["message"].numpy()).sum())
         null = Binomial(self.bits, 0.5, two_sided=True)
         return Score(matches, null, {"bits": self.bits, "ber": 1 - matches / self.bits})
 
+    def blind(self, secret: Secret) -> TensorMap:
+        """The layer without its mean filter, which is all that is read of it."""
+        layer = secret.host["layer"]
+        return lambda name, tensor: tensor - tensor.mean(0) if name == layer else tensor
+
     def decode(self, suspect: Suspect, secret: Secret) -> bytes:
         """The payload as the suspect holds it; empty where the secret carries none."""
-        keyed = secret.stream("message").bits(self.bits)
-        count = len(bytes.fromhex(secret.facts["payload"]))
-        return np.packbits(self._read(suspect, secret).astype(np.uint8) ^ keyed)[:count].tobytes()
+        self.check_secret(secret)
+        return payload_bytes(secret, self._read(suspect, secret))
 
     def _read(self, suspect: Suspect, secret: Secret) -> np.ndarray[Any, np.dtype[np.uint8]]:
         layer, length = secret.host["layer"], secret.host["length"]
-        weights = suspect.weights
-        if layer not in weights.info or _length(weights.info[layer]) != length:
-            raise ModelMismatchError(
-                "the suspect has another form",
-                expected=f"{layer} with {length} inputs a filter",
-                found=weights.info.get(layer),
-                advice="align the suspect to the original, or use a scheme that reads answers",
-            )
-        host = _host(weights[layer].detach().to("cpu", torch.float32))
-        bits = (self.derive(secret)["projection"] @ host) >= 0
+        weight = read_host(suspect, layer, lambda info: _length(info) == length, f"{length} inputs a filter")
+        bits = (self.parts(secret)["projection"] @ _host(weight)) >= 0
         return bits.numpy().astype(np.uint8)
 
-    def _payload(self, secret: Secret) -> np.ndarray[Any, np.dtype[np.uint8]]:
-        payload = np.frombuffer(bytes.fromhex(secret.facts["payload"]), np.uint8)
-        bits = np.unpackbits(payload)
-        if len(bits) > self.bits:
-            raise ParameterError("payload too long", expected=f"at most {self.bits // 8} bytes", found=len(payload))
-        return np.pad(bits, (0, self.bits - len(bits)))
+
+_ENTRIES = {"random": 1, "direct": 1, "diff": 2}  # of the host, that a bit needs at the least
+
+
+def soft_cross_entropy(outputs: Tensor, soft: Tensor) -> Tensor:
+    """Cross-entropy of logits (..., K) against probabilities (..., K), averaged over all but the last."""
+    return -(soft * outputs.log_softmax(-1)).sum(-1).mean()
+
+
+def distilled(task: Task, teacher: nn.Module) -> Task:
+    """The same task with the teacher's soft answers in place of the owner's labels, which are not read.
+
+    Args:
+        task: with classes.
+        teacher: answers with logits (..., K); is left as it is.
+
+    Raises:
+        ParameterError: the task has no classes.
+    """
+    if not task.classes:
+        raise ParameterError("nothing to distill", expected="a task with classes", found=task.name)
+    inputs = task.owner.inputs
+    with evaluating(teacher) as device:
+        soft = torch.cat([teacher(chunk.to(device)).softmax(-1).to(inputs.device) for chunk in chunks(inputs)])
+    return dataclasses.replace(task, owner=Batch(inputs, soft), loss=soft_cross_entropy)
+
+
+def _projection(kind: str, stream: Stream, bits: int, length: int) -> Tensor:
+    """X of that kind: (bits, length) float32."""
+    if kind == "random":
+        return torch.from_numpy(stream.normal(bits * length)).float().reshape(bits, length)
+    rows, columns = torch.arange(bits), torch.from_numpy(stream.permutation(length))
+    matrix = torch.zeros(bits, length)
+    matrix[rows, columns[:bits]] = 1
+    if kind == "diff":
+        matrix[rows, columns[bits : 2 * bits]] = -1
+    return matrix
 
 
 def _host(weight: Tensor) -> Tensor:

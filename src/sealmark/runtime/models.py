@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from sealmark.core.errors import ModelMismatchError, ParameterError, UnknownNameError
 from sealmark.core.modes import seeded
+from sealmark.core.symmetry.rewriting import resize as widen
 from sealmark.core.weights import Weights, weights_of
 
 
@@ -54,7 +55,7 @@ def build_model(reference: str, *, rng: np.random.Generator) -> nn.Module:
     return model
 
 
-def load_weights(model: nn.Module, source: Weights | Path | str) -> None:
+def load_weights(model: nn.Module, source: Weights | Path | str, *, resize: bool = False) -> None:
     """Put stored weights into ``model``, in place; every tensor must be there and none besides.
 
     Floating-point types may differ (a model leaked in bfloat16 is still that model): values are converted
@@ -63,6 +64,7 @@ def load_weights(model: nn.Module, source: Weights | Path | str) -> None:
     Args:
         model: on any device; it is changed only when everything fits.
         source: a safetensors file, a sharded folder, or weights.
+        resize: give layers the widths that the weights have, where these differ (sealed or padded models).
 
     Raises:
         ParameterError: nothing is there.
@@ -81,6 +83,10 @@ def load_weights(model: nn.Module, source: Weights | Path | str) -> None:
             found=_some(unexpected) or "none of them",
             advice="check that --task or --model names the architecture that these weights belong to",
         )
+    for name, info in weights.info.items():
+        if resize and info.shape != tuple(state[name].shape) and len(info.shape) == state[name].dim():
+            widen(model, name, state[name].new_empty(info.shape))
+            state[name] = model.state_dict()[name]
     for name in weights.info:
         _check_form(name, weights, state[name])
     for names in groups:

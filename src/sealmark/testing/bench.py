@@ -13,7 +13,7 @@ from torch import nn
 from sealmark.core import registry
 from sealmark.core.errors import PolicyError, UnsupportedError
 from sealmark.core.identity import UserMark
-from sealmark.core.integrity import WeightSeal
+from sealmark.core.integrity import Seal
 from sealmark.core.lock import Lock
 from sealmark.core.ownership import Fingerprint, Watermark
 from sealmark.core.scheme import Scheme
@@ -63,6 +63,18 @@ class Bench:
         ]
 
     @cached_property
+    def references(self) -> list[nn.Module]:
+        """Independent models for schemes that learn their law; none of them is a stranger or a twin."""
+        recipe = Recipe(2, self.task.recipe.batch_size, self.task.recipe.rate, clip=self.task.recipe.clip)
+        seeds = range(300, 320)
+        return [train_task(self.task, rng=np.random.default_rng(seed), recipe=recipe) for seed in seeds]
+
+    def of(self, scheme: Scheme) -> Bench:
+        """The workbench of the task that the scheme's card names; this one where it is the same."""
+        name = scheme.card.task
+        return self if name == self.task.name else self.make(("task", name), lambda: Bench(registry.task(name)))
+
+    @cached_property
     def judges(self) -> Batch:
         """Rows that neither model nor mark has seen: the test rows and the attacker's."""
         return self.task.test.join(self.task.attacker)
@@ -81,12 +93,25 @@ class Bench:
         """
         return self.make(scheme, lambda: self._protect(scheme))
 
+    def locked(self, scheme: Lock) -> tuple[nn.Module, Secret]:
+        """The plain model as the lock ships it, and the key; also of a scheme that is a watermark as well."""
+
+        def lock() -> tuple[nn.Module, Secret]:
+            made = scheme.lock(self.plain, self.task, rng=np.random.default_rng(1))
+            return made.model, made.key
+
+        return self.make(("locked", scheme), lock)
+
     def embed(self, scheme: Watermark, seed: int) -> tuple[nn.Module, Secret]:
-        """The scheme's mark, trained in from the same start and in the same order as `twin`."""
+        """The scheme's mark, trained in from the start of `twin` in the same order, or into `twin` itself.
+
+        The second where the card says that the scheme marks trained models.
+        """
         rng = np.random.default_rng(seed)
-        start = self.task.model(rng)
+        start = self.twin(seed) if scheme.card.needs_trained else self.task.model(rng)
         secret = scheme.keygen(start, self.task, rng=np.random.default_rng([1, seed]))
-        return scheme.embed(start, secret, self.task, rng=rng), secret
+        marked = scheme.embed(start, secret, self.task, rng=rng)
+        return marked.model, marked.secret
 
     def twin(self, seed: int) -> nn.Module:
         """An unprotected model, trained as its owner does."""
@@ -97,16 +122,15 @@ class Bench:
         if isinstance(scheme, Watermark):
             return self.embed(scheme, 0)
         if isinstance(scheme, Fingerprint):
-            return self.plain, scheme.enroll(self.plain, self.task, rng=rng)
+            return self.plain, scheme.enroll(self.plain, self.task, references=self.references, rng=rng)
         if isinstance(scheme, UserMark):
-            secret = scheme.enroll(self.plain, self.task, rng=rng)
-            return scheme.issue(self.plain, secret, USERS[0]).model, secret
-        if isinstance(scheme, WeightSeal):
+            secret = scheme.enroll(self.plain, self.task, users=users_of(scheme), rng=rng)
+            return scheme.issue(self.plain, secret, USERS[0], task=self.task).model, secret
+        if isinstance(scheme, Seal):
             sealed = scheme.seal(self.plain, self.task, rng=rng)
             return sealed.model, sealed.secret
         if isinstance(scheme, Lock):
-            locked = scheme.lock(self.plain, self.task, rng=rng)
-            return locked.model, locked.key
+            return self.locked(scheme)
         raise UnsupportedError("a scheme of no known kind", found=type(scheme).__name__)
 
     def fresh(self, scheme: Scheme, seed: int) -> Secret:
@@ -116,6 +140,11 @@ class Bench:
         """
         _, secret = self.protect(scheme)
         return Secret(np.random.default_rng(1000 + seed).bytes(32), secret.facts, secret.tensors)
+
+
+def users_of(scheme: UserMark) -> list[str]:
+    """Everyone to whom copies are issued, as many as the scheme has places for; `USERS` come first."""
+    return [*USERS, *(f"user{i}" for i in range(200))][: scheme.places]
 
 
 def state_bytes(model: nn.Module) -> bytes:

@@ -6,13 +6,24 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from sealmark.core.attack import Attack
+from sealmark.core import registry
+from sealmark.core.attack import Attack, Forgery, Modification
 from sealmark.core.identity import UserMark
-from sealmark.core.integrity import WeightSeal
+from sealmark.core.integrity import Seal, WeightSeal
 from sealmark.core.lock import Lock
 from sealmark.core.ownership import Verifiable, Watermark
 from sealmark.core.scheme import Scheme
-from sealmark.testing import attacks, general, identity, integrity, locks, ownership, watermarks
+from sealmark.testing import (
+    attacks,
+    forgeries,
+    general,
+    identity,
+    integrity,
+    locks,
+    ownership,
+    watermarks,
+    weight_seals,
+)
 from sealmark.testing.bench import Bench
 
 
@@ -35,20 +46,21 @@ _KINDS: tuple[tuple[type, Any], ...] = (
     (Watermark, watermarks),
     (Lock, locks),
     (UserMark, identity),
-    (WeightSeal, integrity),
+    (Seal, integrity),
+    (WeightSeal, weight_seals),
+    (Modification, attacks),
+    (Forgery, forgeries),
 )
 
 
 def scheme_checks(scheme: Scheme) -> Iterator[Check]:
     """All checks that apply to a scheme of this kind."""
-    for kind, home in _KINDS:
-        if isinstance(scheme, kind):
-            yield from _checks(home)
+    return _checks_of(scheme)
 
 
-def attack_checks() -> Iterator[Check]:
-    """All checks that apply to an attack."""
-    yield from _checks(attacks)
+def attack_checks(attack: Attack) -> Iterator[Check]:
+    """All checks that apply to an attack of this kind."""
+    return _checks_of(attack)
 
 
 def check_scheme(scheme: Scheme, bench: Bench | None = None) -> None:
@@ -57,7 +69,7 @@ def check_scheme(scheme: Scheme, bench: Bench | None = None) -> None:
     Raises:
         AssertionError: a property does not hold; the message names it.
     """
-    bench = bench or Bench()
+    bench = bench or Bench(registry.task(scheme.card.task))
     for check in scheme_checks(scheme):
         _run(check, scheme, bench)
 
@@ -69,7 +81,7 @@ def check_attack(attack: Attack, bench: Bench | None = None) -> None:
         AssertionError: a property does not hold; the message names it.
     """
     bench = bench or Bench()
-    for check in attack_checks():
+    for check in attack_checks(attack):
         _run(check, attack, bench)
 
 
@@ -78,6 +90,12 @@ def _run(check: Check, subject: Any, bench: Bench) -> None:
         check.run(subject, bench)
     except AssertionError as error:
         raise AssertionError(f"{subject}: {check.name}: {error}") from error
+
+
+def _checks_of(subject: Any) -> Iterator[Check]:
+    for kind, home in _KINDS:
+        if isinstance(subject, kind):
+            yield from _checks(home)
 
 
 def _checks(home: Any) -> Iterator[Check]:

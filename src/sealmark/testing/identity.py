@@ -10,10 +10,8 @@ from sealmark.core.identity import UserMark
 from sealmark.core.suspect import WhiteBox
 from sealmark.core.weights import Weights, weights_of
 from sealmark.stats.calibration import super_uniformity
-from sealmark.testing.bench import USERS, Bench, same_bits
+from sealmark.testing.bench import USERS, Bench, same_bits, users_of
 from sealmark.testing.general import refuses
-
-_MANY = [f"user{i}" for i in range(200)]
 
 
 def check_fidelity(scheme: UserMark, bench: Bench) -> None:
@@ -26,15 +24,15 @@ def check_fidelity(scheme: UserMark, bench: Bench) -> None:
 def check_copies_are_personal(scheme: UserMark, bench: Bench) -> None:
     """A user gets the same copy again; another user gets another; neither is the original."""
     copy, secret = bench.protect(scheme)
-    assert same_bits(scheme.issue(bench.plain, secret, USERS[0]).model, copy)
-    assert not same_bits(scheme.issue(bench.plain, secret, USERS[1]).model, copy)
+    assert same_bits(scheme.issue(bench.plain, secret, USERS[0], task=bench.task).model, copy)
+    assert not same_bits(scheme.issue(bench.plain, secret, USERS[1], task=bench.task).model, copy)
     assert not same_bits(copy, bench.plain)
 
 
 def check_leak_is_traced(scheme: UserMark, bench: Bench) -> None:
     """A leaked copy names its user and nobody else."""
     copy, secret = bench.protect(scheme)
-    accusation = scheme.trace(WhiteBox(copy), secret, [*_MANY, *USERS], original=bench.plain)
+    accusation = scheme.trace(WhiteBox(copy), secret, users_of(scheme), original=bench.plain)
     assert [entry.user for entry in accusation.accused] == [USERS[0]], accusation
     assert accusation.verdict is Verdict.MATCH
 
@@ -58,7 +56,7 @@ def check_wrong_secret_accuses_nobody(scheme: UserMark, bench: Bench) -> None:
 def check_innocents_p_values_hold(scheme: UserMark, bench: Bench) -> None:
     """P-values of users who leaked nothing are not too small, whoever did leak."""
     copy, secret = bench.protect(scheme)
-    found = scheme.suspicion(WhiteBox(copy), secret, _MANY, original_of(bench))
+    found = scheme.suspicion(WhiteBox(copy), secret, users_of(scheme)[1:], original_of(bench))
     p_values = [float(np.exp(found.null.log_p(value))) for value in found.statistics]
     fit = super_uniformity(p_values)
     assert fit > 1e-4, f"p-values of innocents are too small: {fit:.2g}"
@@ -78,9 +76,9 @@ def check_bad_calls_are_refused(scheme: UserMark, bench: Bench) -> None:
     suspect, other = WhiteBox(copy), bench.strangers[0]
     assert refuses(ParameterError, lambda: scheme.trace(suspect, secret, [], original=bench.plain))
     assert refuses(ParameterError, lambda: scheme.trace(suspect, secret, ["a", "a"], original=bench.plain))
-    assert refuses(ParameterError, lambda: scheme.issue(bench.plain, secret, ""))
-    assert refuses(ModelMismatchError, lambda: scheme.issue(other, secret, "a"))
-    assert refuses(ModelMismatchError, lambda: scheme.trace(suspect, secret, ["a"], original=other))
+    assert refuses(ParameterError, lambda: scheme.issue(bench.plain, secret, "", task=bench.task))
+    assert refuses(ModelMismatchError, lambda: scheme.issue(other, secret, USERS[0], task=bench.task))
+    assert refuses(ModelMismatchError, lambda: scheme.trace(suspect, secret, USERS[:1], original=other))
 
 
 def original_of(bench: Bench) -> Weights:

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import numpy as np
+
+from sealmark.core import registry
+from sealmark.core.attack import Resources
 from sealmark.core.errors import MarkFailedError, ParameterError
+from sealmark.core.evidence import Verdict
 from sealmark.core.ownership import Watermark
+from sealmark.core.suspect import Access, WhiteBox
 from sealmark.testing.bench import Bench
 from sealmark.testing.general import refuses
+from sealmark.testing.ownership import level
 
 
 def check_fidelity(scheme: Watermark, bench: Bench) -> None:
@@ -26,6 +33,24 @@ def check_unmarked_twin_fails_the_check(scheme: Watermark, bench: Bench) -> None
     model, secret = bench.protect(scheme)
     scheme.check_embedded(model, secret)
     assert refuses(MarkFailedError, lambda: scheme.check_embedded(bench.plain, secret))
+
+
+def check_rearranged_neurons_are_put_back(scheme: Watermark, bench: Bench) -> None:
+    """A mark in weights or activations is read again from permuted neurons, with the owner's original.
+
+    And aligning makes no mark on independent models.
+    """
+    if not scheme.access & (Access.WEIGHTS | Access.MODULE):
+        return
+    model, secret = bench.protect(scheme)
+    original = bench.twin(0) if scheme.card.needs_trained else model
+    attack = registry.modification("permute")
+    moved = attack.run(model, Resources.of(bench.task, 0.0), rng=np.random.default_rng(0)).model
+    alpha = level(scheme, model, secret)
+    assert scheme.verify(WhiteBox(moved), secret, alpha=alpha, original=original).verdict is Verdict.MATCH
+    for stranger in bench.strangers:
+        found = scheme.verify(WhiteBox(stranger), secret, original=original)
+        assert found.verdict is not Verdict.MATCH, found
 
 
 def check_needless_payload_is_refused(scheme: Watermark, bench: Bench) -> None:

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from sealmark.core.attack import Attack, Resources
+from sealmark.core.attack import Modification, Resources
 from sealmark.core.card import AttackCard
 from sealmark.core.errors import ModelMismatchError
 from sealmark.core.modes import chunks, evaluating
 
 
 @dataclass(frozen=True)
-class Average(Attack):
+class Average(Modification):
     """The mean of all copies, tensor by tensor; counters and other integers are the first copy's.
 
     Args:
@@ -45,7 +45,7 @@ class Average(Attack):
         resources: Resources,
         rng: np.random.Generator,
     ) -> tuple[nn.Module, int]:
-        """See `Attack.modify`.
+        """See `Modification.modify`.
 
         Raises:
             ModelMismatchError: the copies are not of one model.

@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 from torch import Tensor, nn
 
-from sealmark.core.attack import Attack, Resources
+from sealmark.core.attack import Modification, Resources
 from sealmark.core.card import AttackCard
 from sealmark.core.errors import ParameterError, UnsupportedError
 from sealmark.core.modes import device_of, evaluating, seeded
@@ -17,7 +17,7 @@ from sealmark.core.training import train, train_task
 
 
 @dataclass(frozen=True)
-class FineTune(Attack):
+class FineTune(Modification):
     """The fine-tuning family: FTAL, FTLL, RTAL and RTLL of Adi et al.
 
     ======  ===========  ==============
@@ -75,7 +75,7 @@ class FineTune(Attack):
     def modify(
         self, copies: list[nn.Module], resources: Resources, rng: np.random.Generator
     ) -> tuple[nn.Module, int]:
-        """See `Attack.modify`.
+        """See `Modification.modify`.
 
         Raises:
             UnsupportedError: a head is asked for, and the model has none that can be told or reset.

@@ -9,13 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sealmark.core.attack import Attack, Resources
+from sealmark.core.attack import Modification, Resources
 from sealmark.core.card import AttackCard
 from sealmark.core.errors import ParameterError
 
 
 @dataclass(frozen=True)
-class Prune(Attack):
+class Prune(Modification):
     """Set the share ``rate`` of the weights with the smallest magnitude to zero; no fine-tuning after.
 
     Weight tensors alone are pruned: parameters of two or more dimensions. Biases, normalization layers
@@ -60,7 +60,7 @@ class Prune(Attack):
         resources: Resources,
         rng: np.random.Generator,
     ) -> tuple[nn.Module, int]:
-        """See `Attack.modify`."""
+        """See `Modification.modify`."""
         model = copies[0]
         weights = [p.data for p in model.parameters() if p.dim() >= 2 and p.is_floating_point()]
         for group in [weights] if self.scope == "global" else [[weight] for weight in weights]:

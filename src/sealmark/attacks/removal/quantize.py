@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sealmark.core.attack import Attack, Resources
+from sealmark.core.attack import Modification, Resources
 from sealmark.core.card import AttackCard
 from sealmark.core.errors import ParameterError
 
@@ -17,7 +17,7 @@ _CASTS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
-class Quantize(Attack):
+class Quantize(Modification):
     """Round the weights to fewer bits; simulated, so the model keeps its types and runs anywhere.
 
     Integers are symmetric and apply to parameters of two or more dimensions:
@@ -64,7 +64,7 @@ class Quantize(Attack):
         resources: Resources,
         rng: np.random.Generator,
     ) -> tuple[nn.Module, int]:
-        """See `Attack.modify`."""
+        """See `Modification.modify`."""
         model = copies[0]
         if self.scheme in _CASTS:
             for tensor in (*model.parameters(), *model.buffers()):

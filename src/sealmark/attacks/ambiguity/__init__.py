@@ -1,0 +1,1 @@
+"""Claim what is somebody else's."""

@@ -1,0 +1,1 @@
+"""What may be done to a network's hidden units for free, and how it is undone: structure, rewriting, alignment."""
