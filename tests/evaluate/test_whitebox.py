@@ -74,6 +74,19 @@ def test_the_page_names_marks_that_did_not_take_and_marks_that_were_lost(
     assert json.loads((folder / "ownership-whitebox.json").read_text("utf-8"))["epochs"] == 4
 
 
+def test_seals_find_every_flip_and_one_of_them_destroys_until_it_is_merged(
+    folder: Path, result: dict[str, Any]
+) -> None:
+    [seals] = result["seals"]
+    for name in ("reversible", "mimosanet"):
+        assert seals[name]["flipped bits found, share"] == seals[name]["restored bit for bit"] == 1
+        assert seals[name]["log10 p, intact"] < -70
+    noise = "accuracy, noise of 1.00% of each weight"
+    assert seals["mimosanet"][noise] < 0.5 < seals["mimosanet, neurons merged"][noise]
+    assert seals["the plain model"][noise] > seals["mimosanet"][noise] + 0.3
+    assert "| restored bit for bit | 1 | 1 |" in (folder / "ownership-whitebox.md").read_text("utf-8")
+
+
 def test_what_is_no_mark_is_refused() -> None:
     with pytest.raises(ParameterError, match="reversible is no mark"):
         mark(ground(0, Effort(epochs=1)), Entry("reversible"))

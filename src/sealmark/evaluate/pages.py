@@ -41,8 +41,8 @@ def _index(cards: dict[str, Card]) -> str:
     head = ("Scheme", "Function", "Scenario", "Capacity", "What it does", "Grade")
     return _lines(
         "# Schemes",
-        "Made from the cards, which stand beside the code (`make pages`). `research` says that a cheap attack "
-        "defeats the scheme, or that its verdict cannot be sure enough for a claim.",
+        "Made from the cards, which stand beside the code (`make pages`). `research` says that a known cheap "
+        "attack defeats the scheme.",
         *table(head, rows),
     )
 

@@ -32,6 +32,7 @@ from sealmark.core.weights import weights_of
 from sealmark.evaluate.artifacts import environment, finite, write_json
 from sealmark.evaluate.measure import Effort, Ground, ground
 from sealmark.evaluate.steps import generator
+from sealmark.evaluate.whitebox_seals import seal_rows
 from sealmark.evaluate.whitebox_text import as_markdown
 
 SEEDS = (0, 1, 2)
@@ -205,8 +206,10 @@ def run(
     began, console = time.perf_counter(), Console(stderr=True)
     rows: dict[str, list[dict[str, Any]]] = {entry.title: [] for entry in entries}
     failed: dict[str, list[str]] = {}
+    seals = []
     for seed in seeds:
         base = ground(seed, Effort(epochs=epochs))
+        seals.append(seal_rows(base))
         innocent = [
             train_task(base.task, rng=base.generator(f"independent {i}"), recipe=base.recipe) for i in range(4)
         ]
@@ -224,6 +227,7 @@ def run(
             "entries": [asdict(entry) | {"title": entry.title} for entry in entries],
             "rows": rows,
             "failed": failed,
+            "seals": seals,
             "seconds": round(time.perf_counter() - began),
         }
     )

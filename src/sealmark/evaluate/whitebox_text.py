@@ -30,7 +30,7 @@ def as_markdown(result: Mapping[str, Any]) -> str:
         *(f"- **{title} did not take**: {'; '.join(notes)}" for title, notes in result["failed"].items()),
         *([""] if result["failed"] else []),
     ]
-    lines += _marks(rows) + _removal(rows) + _rewrites(rows) + _controls(rows)
+    lines += _marks(rows) + _removal(rows) + _rewrites(rows) + _controls(rows) + _seals(result["seals"])
     lines += [
         f"sealmark {versions['sealmark']}, torch {versions['torch']}, Python {versions['python']}, "
         f"{versions['machine']}, {versions['cores']} cores, {versions['threads']} thread: {result['seconds']} s.",
@@ -117,6 +117,26 @@ def _controls(rows: Mapping[str, list[Run]]) -> list[str]:
         columns = [[value for run in runs for value in run[name]] for name in names]
         body.append((title, *(f"{number(min(column))} of {len(column)}" for column in columns)))
     return lines + table(("Mark", "Independent models", "The same, aligned to the original", "Wrong secrets"), body)
+
+
+def _seals(runs: Sequence[Mapping[str, Mapping[str, float | None]]]) -> list[str]:
+    names = list(runs[0])
+    figures = dict.fromkeys(figure for name in names for figure in runs[0][name])
+    body = [
+        (
+            figure,
+            *(spread([run[name][figure] for run in runs]) if figure in runs[0][name] else "" for name in names),
+        )
+        for figure in figures
+    ]
+    return [
+        "## Seals",
+        "",
+        "On the plain model. MimosaNet makes every change destructive, until colinear neurons are merged, which "
+        "needs neither key nor data, or until gradients are clipped.",
+        "",
+        *table(("", *names), body),
+    ]
 
 
 def _read(found: Sequence[Run]) -> tuple[str, str]:

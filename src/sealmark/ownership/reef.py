@@ -50,12 +50,16 @@ class Reef(Lineage):
         needs_data=False,
         reported="CKA of 0.9 and more for derived models, low for unrelated ones (from memory, not checked against "
         "the paper)",
-        reproduced="see docs/results/lineage.md",
+        reproduced="small transformers, unrelated ones within 0.04: 0.72 after fine-tuning, 0.98 after "
+        "pruning 50 %, 1 "
+        "permuted; all-MiniLM-L6-v2: 0.59, 0.61, 1, untrained nets within 0.02; weights in a rotated basis 0.01. "
+        "Convolutional nets for digits: independent ones agree up to 0.65 (docs/results/lineage.md)",
         broken_by=(
             "independent models of the same task represent its inputs alike: without unrelated models of the same "
             "kind to compare with, it says nothing",
             "training a new model on its answers",
         ),
+        grade="research",
         deviations=("noise inputs", "unbiased CKA, no standardization", "rank among unrelated models"),
     )
 

@@ -9,9 +9,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from sealmark.core.errors import TamperedError
+from sealmark.core.errors import ForgedSecretError, ParameterError, TamperedError
 from sealmark.core.evidence import Verdict
 from sealmark.core.integrity import Seal
+from sealmark.core.secret import Secret
 from sealmark.testing.bench import Bench, same_bits
 from sealmark.testing.general import refuses
 
@@ -53,6 +54,16 @@ def check_other_models_and_records_fail(scheme: Seal, bench: Bench) -> None:
     for other in (bench.plain, bench.strangers[0]):
         assert scheme.check(other, secret).verdict is Verdict.NO_MATCH
     assert scheme.check(model, bench.fresh(scheme, 0)).verdict is Verdict.NO_MATCH
+
+
+def check_foreign_records_are_refused(scheme: Seal, bench: Bench) -> None:
+    """A record of another scheme, or with tensors of somebody else's, neither checks nor restores."""
+    model, secret = bench.protect(scheme)
+    foreign = Secret(secret.reveal_seed(), secret.facts | {"scheme": "another"}, secret.tensors)
+    stuffed = Secret(secret.reveal_seed(), secret.facts, {**secret.tensors, "foreign": bench.task.test.inputs[:1]})
+    for record, error in ((foreign, ParameterError), (stuffed, ForgedSecretError)):
+        assert refuses(error, partial(scheme.check, model, record))
+        assert refuses(error, partial(scheme.restore, model, record))
 
 
 def _flip(model: nn.Module, rng: np.random.Generator) -> tuple[nn.Module, str, int | None]:
