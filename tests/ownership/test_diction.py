@@ -246,3 +246,12 @@ def test_inputs_that_cannot_be_noise_are_refused(plain, digits):
 def test_meaningless_parameters_are_refused(parameters):
     with pytest.raises(ParameterError):
         Diction(**parameters)
+
+
+def test_a_net_of_convolutions_is_read_at_the_last_map_that_is_large_enough(digits):
+    model = nn.Sequential(
+        nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 10)
+    )
+    assert Diction(features=48).keygen(model, digits).host["layer"] == "0"
+    with pytest.raises(ParameterError, match="too few features"):
+        Diction(features=65).keygen(model, digits)

@@ -132,11 +132,13 @@ class Diction(Watermark):
                 found="none" if task is None else task.owner.inputs.dtype,
             )
         name, _ = choose_host(model, self.layer and f"{self.layer}.weight", room=_units, need=0)
-        layer, inputs = name.rpartition(".")[0], task.owner.inputs[:1]
-        count = _flat(activations(model, layer, inputs)).shape[1]
-        if count < self.features:
-            raise ParameterError(f"{layer} has too few features", expected=f"at most {count}", found=self.features)
-        return {"layer": layer, "count": count, "shape": list(inputs.shape[1:])}, {}
+        others = () if self.layer else (n for n, m in reversed([*model.named_modules()]) if hasattr(m, "weight"))
+        inputs = task.owner.inputs[:1]
+        for layer in (name.rpartition(".")[0], *others):  # a net of convolutions has its output alone for linear
+            count = _flat(activations(model, layer, inputs)).shape[1]
+            if count >= self.features:
+                return {"layer": layer, "count": count, "shape": list(inputs.shape[1:])}, {}
+        raise ParameterError(f"{layer} has too few features", expected=f"at most {count}", found=self.features)
 
     def derive(self, secret: Secret) -> dict[str, Tensor]:
         """Message, strings, features and triggers.
