@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar, final
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from sealmark.core.embedding import Embedding, Marked
@@ -42,6 +43,13 @@ class Verifiable(Scheme):
         matrix, and anyone can solve for one that fits.
         """
         return {}
+
+    @final
+    def derive_on(self, secret: Secret, device: torch.device) -> dict[str, Tensor]:
+        """What `derive` gives, moved to a device once and kept there, for losses."""
+        return secret.memo(
+            (self.name, device), lambda: {name: part.to(device) for name, part in self.derive(secret).items()}
+        )
 
     def parts(self, secret: Secret) -> dict[str, Tensor]:
         """What `score` reads by: the derived parts, or what the secret brings along instead of them.

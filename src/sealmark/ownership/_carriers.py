@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sealmark.core.evidence import Score
-from sealmark.stats.nulls import Binomial, KeyedProjection
+from sealmark.stats.nulls import KeyedProjection, score_of_bits
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,7 @@ class Carrier(ABC):
     def score(self, values: Tensor, bits: Tensor) -> Score:
         """Matching bits against Bin(n each, 1/2), two-sided."""
         matches = int((self.read(values, bits) == bits).sum())
-        null = Binomial(bits.numel(), 0.5, two_sided=True)
-        return Score(matches, null, {"bits": bits.numel(), "ber": 1 - matches / bits.numel()})
+        return score_of_bits(matches, bits.numel())
 
     def erase(self, tensor: Tensor, places: Tensor) -> Tensor:
         """A tensor without what is read of it; ``places`` (m,) index its flat form."""

@@ -34,7 +34,7 @@ from sealmark.core.suspect import Access, Suspect
 from sealmark.core.symmetry.structure import normalized_layers
 from sealmark.core.task import Batch, Loss, Task
 from sealmark.core.weights import TensorInfo, TensorMap, rewrite_model
-from sealmark.stats.nulls import Binomial
+from sealmark.stats.nulls import score_of_bits
 
 _CONVOLUTIONS = {nn.Conv1d: functional.conv1d, nn.Conv2d: functional.conv2d, nn.Conv3d: functional.conv3d}
 _IMAGES = 20  # behind a shuffled passport, as in the paper's code
@@ -222,17 +222,14 @@ class PassportMark(Watermark):
     def loss(self, model: nn.Module, secret: Secret, batch: Batch) -> Tensor:
         """The sign loss: ``strength * sum_c max(0, margin - gamma_c b_c) + 1e-5 |gamma|^2``."""
         gammas = torch.cat([gamma for gamma, _ in self.answers(model, secret).values()])
-        signature = secret.memo(
-            ("signature", gammas.device), lambda: self.derive(secret)["signature"].to(gammas.device)
-        )
+        signature = self.derive_on(secret, gammas.device)["signature"]
         return self.strength * (self.margin - gammas * signature).relu().sum() + _SHRINK * gammas.square().sum()
 
     def score(self, suspect: Suspect, secret: Secret) -> Score:
         """Agreeing signs against Bin(channels, 1/2), two-sided."""
         read, signature = self._read(suspect, secret), self.derive(secret)["signature"].numpy() > 0
         matches = int((read == signature).sum())
-        null = Binomial(len(read), 0.5, two_sided=True)
-        return Score(matches, null, {"bits": len(read), "ber": 1 - matches / len(read)})
+        return score_of_bits(matches, len(read))
 
     def decode(self, suspect: Suspect, secret: Secret) -> bytes:
         """The payload as the suspect holds it; empty where the secret carries none."""

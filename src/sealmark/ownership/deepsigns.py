@@ -29,7 +29,7 @@ from sealmark.core.payload import payload_bits, payload_bytes
 from sealmark.core.secret import Secret
 from sealmark.core.suspect import Access, Suspect, WhiteBox
 from sealmark.core.task import Batch, Task
-from sealmark.stats.nulls import Binomial
+from sealmark.stats.nulls import Binomial, score_of_bits
 
 _POOL = 16  # classes that carriers are drawn from: a thousand would swell the secret
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -233,8 +233,7 @@ class DeepSigns(Watermark):
             return self._score_labels(suspect, secret)
         total = self.carriers * self.bits
         wrong = int((self._read(suspect, secret) != self.derive(secret)["message"]).sum())
-        null = Binomial(total, 0.5, two_sided=True)
-        return Score(total - wrong, null, {"bits": total, "ber": wrong / total})
+        return score_of_bits(total - wrong, total)
 
     def decode(self, suspect: Suspect, secret: Secret) -> bytes:
         """The payload as the suspect holds it; empty where the secret carries none."""

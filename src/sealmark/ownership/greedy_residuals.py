@@ -22,7 +22,7 @@ from sealmark.core.secret import Secret
 from sealmark.core.suspect import Access, Suspect
 from sealmark.core.task import Batch, Task
 from sealmark.core.weights import TensorMap
-from sealmark.stats.nulls import Binomial
+from sealmark.stats.nulls import score_of_bits
 
 _SHORTEST_ROW = 8
 
@@ -129,7 +129,7 @@ class GreedyResiduals(Watermark):
     def loss(self, model: nn.Module, secret: Secret, batch: Batch) -> Tensor:
         """``strength * sum_i max(0, mu - s_i r_i)``."""
         weight = model.get_parameter(secret.host["layer"]).float()
-        key = secret.memo(("greedy_residuals", weight.device), lambda: _moved(self.derive(secret), weight.device))
+        key = self.derive_on(secret, weight.device)
         mu = self.margin * weight.detach().square().mean().sqrt() / math.sqrt(key["rows"].shape[1])
         signs = 2 * key["message"] - 1
         return self.strength * (mu - signs * self._residuals(weight, key["rows"])).relu().sum()
@@ -137,8 +137,7 @@ class GreedyResiduals(Watermark):
     def score(self, suspect: Suspect, secret: Secret) -> Score:
         """Matching bits against Bin(bits, 1/2), two-sided."""
         matches = int((self._read(suspect, secret) == self.derive(secret)["message"].numpy()).sum())
-        null = Binomial(self.bits, 0.5, two_sided=True)
-        return Score(matches, null, {"bits": self.bits, "ber": 1 - matches / self.bits})
+        return score_of_bits(matches, self.bits)
 
     def blind(self, secret: Secret) -> TensorMap:
         """Nothing of the layer: which of its weights are the larger ones is read, too."""
@@ -161,7 +160,3 @@ class GreedyResiduals(Watermark):
         # ties are kept, so that a quantized layer reads alike on every platform
         smallest = sizes.kthvalue(1 + int(self.ratio * rows.shape[1]), dim=1, keepdim=True).values
         return (values * (sizes >= smallest)).mean(1)
-
-
-def _moved(tensors: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    return {name: tensor.to(device) for name, tensor in tensors.items()}

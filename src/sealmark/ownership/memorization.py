@@ -170,7 +170,7 @@ class Memorization(Watermark):
         if self._carrier is None:
             return super().loss(model, secret, batch)
         device = batch.inputs.device
-        bits = secret.memo(("message", device), lambda: self.derive(secret)["message"].to(device))
+        bits = self.derive_on(secret, device)["message"]
         return self._carrier.pull(self._values(secret, model.get_parameter, device), bits)
 
     def extra(self, secret: Secret, batch: Batch, rng: np.random.Generator) -> Batch:

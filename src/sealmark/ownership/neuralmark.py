@@ -23,7 +23,7 @@ from sealmark.core.secret import Secret
 from sealmark.core.suspect import Access, Suspect
 from sealmark.core.task import Batch, Task
 from sealmark.core.weights import TensorMap
-from sealmark.stats.nulls import Binomial
+from sealmark.stats.nulls import score_of_bits
 
 _STEPS = 256  # of K, to one standard deviation
 
@@ -136,7 +136,7 @@ class NeuralMark(Watermark):
     def loss(self, model: nn.Module, secret: Secret, batch: Batch) -> Tensor:
         """``strength * mean_j BCE((w K)_j / sigma, b_j)``."""
         weight = model.get_parameter(secret.host["layer"]).float()
-        key = secret.memo(("neuralmark", weight.device), lambda: _moved(self.derive(secret), weight.device))
+        key = self.derive_on(secret, weight.device)
         norm = weight.detach().norm().clamp_min(1)  # of a layer that starts at zero, too
         blocks = len(key["positions"])
         sigma = norm * math.sqrt(self.size / blocks / weight.numel())
@@ -148,8 +148,7 @@ class NeuralMark(Watermark):
         layer, shape = secret.host["layer"], tuple(secret.host["shape"])
         weight = read_host(suspect, layer, lambda info: info.shape == shape, f"shape {shape}")
         matches = matching(weight, self.derive(secret))
-        null = Binomial(self.bits, 0.5, two_sided=True)
-        return Score(matches, null, {"bits": self.bits, "ber": 1 - matches / self.bits})
+        return score_of_bits(matches, self.bits)
 
     def blind(self, secret: Secret) -> TensorMap:
         """The layer without the averages w, which are all that is read of it."""
@@ -211,7 +210,3 @@ def matching(weight: Tensor, key: Mapping[str, Tensor]) -> int:
 
 def _logits(weight: Tensor, key: Mapping[str, Tensor]) -> Tensor:
     return weight.reshape(-1)[key["positions"]].mean(0) @ key["projection"]
-
-
-def _moved(tensors: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    return {name: tensor.to(device) for name, tensor in tensors.items()}

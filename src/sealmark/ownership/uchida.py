@@ -25,7 +25,7 @@ from sealmark.core.suspect import Access, Suspect
 from sealmark.core.task import Batch, Task
 from sealmark.core.weights import TensorInfo, TensorMap
 from sealmark.crypto.random import Stream
-from sealmark.stats.nulls import Binomial
+from sealmark.stats.nulls import score_of_bits
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ class Uchida(Watermark):
     def loss(self, model: nn.Module, secret: Secret, batch: Batch) -> Tensor:
         """``strength`` times the sum over the bits of the objective."""
         weight = model.get_parameter(secret.host["layer"])
-        key = secret.memo(("uchida", weight.device), lambda: _moved(self.derive(secret), weight.device))
+        key = self.derive_on(secret, weight.device)
         logits = key["projection"] @ _host(weight).float()
         if self.objective == "hinge":
             return self.strength * (self.margin - (2 * key["message"] - 1) * logits).relu().sum()
@@ -170,8 +170,7 @@ class Uchida(Watermark):
         """Matching bits against Bin(bits, 1/2), two-sided."""
         read = self._read(suspect, secret)
         matches = int((read == self.parts(secret)["message"].numpy()).sum())
-        null = Binomial(self.bits, 0.5, two_sided=True)
-        return Score(matches, null, {"bits": self.bits, "ber": 1 - matches / self.bits})
+        return score_of_bits(matches, self.bits)
 
     def blind(self, secret: Secret) -> TensorMap:
         """The layer without its mean filter, which is all that is read of it."""
@@ -234,7 +233,3 @@ def _host(weight: Tensor) -> Tensor:
 
 def _length(info: TensorInfo) -> int:
     return info.count // info.shape[0] if info.count else 0
-
-
-def _moved(tensors: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    return {name: tensor.to(device) for name, tensor in tensors.items()}

@@ -23,7 +23,7 @@ from scipy.special import log_ndtr, logsumexp
 from scipy.stats import binom
 
 from sealmark.core.errors import ParameterError
-from sealmark.core.evidence import Basis, Null, check_alpha
+from sealmark.core.evidence import Basis, Null, Score, check_alpha
 
 # Bentkus & Dzindzalieta (Bernoulli 21(2), 2015): P(S >= t) <= c P(Z >= t) for every weighted sum S of
 # independent signs with unit variance; c = 1 / (4 P(Z >= sqrt 2)) is the best constant.
@@ -89,6 +89,16 @@ class Binomial(Null):
         low = (self.n + 1) // 2 if self.two_sided else 0
         counts = range(low, self.n + 1)
         return next((k for k in counts if self.log_p(k) <= math.log(alpha)), self.n + 1)
+
+
+def score_of_bits(matches: int, bits: int) -> Score:
+    """Keyed bits read from a suspect: how many match, two-sided, since a thief could invert them all.
+
+    Example:
+        >>> score_of_bits(60, 64).details
+        {'bits': 64, 'ber': 0.0625}
+    """
+    return Score(matches, Binomial(bits, 0.5, two_sided=True), {"bits": bits, "ber": 1 - matches / bits})
 
 
 def _log_tail(k: int, n: int, p: float) -> float:
