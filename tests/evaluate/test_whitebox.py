@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 
 from sealmark.core.errors import ParameterError
+from sealmark.core.task import Recipe
 from sealmark.evaluate.measure import Effort, ground
 from sealmark.evaluate.whitebox import ENTRIES, REWRITES, Entry, main, mark, run
+from sealmark.evaluate.whitebox_seals import _trained
 
 SHORT = (
     Entry("uchida", {"bits": 64}),
@@ -101,3 +103,8 @@ def test_the_command_measures_the_schemes_that_are_named(monkeypatch: pytest.Mon
     assert [entry.scheme for entry in given[1]] == ["neuralmark", "passports"]
     assert named["seeds"] == [5]
     assert everything[1] == list(ENTRIES)
+
+
+def test_a_model_that_training_blew_up_is_worth_a_guess() -> None:
+    base = ground(0, Effort(epochs=1))
+    assert _trained(base, base.plain, Recipe(epochs=1, rate=1e9)) == base.task.chance

@@ -528,3 +528,15 @@ def test_blinding_forgets_the_signature_and_nothing_else(secret, marked, seed, s
 def test_meaningless_parameters_are_refused(parameters):
     with pytest.raises(ParameterError):
         Passports(**parameters)
+
+
+def test_a_transposed_convolution_is_no_place_for_a_passport(digits):
+    layers = (
+        nn.ConvTranspose2d(1, 4, 3, padding=1),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(256, 10),
+    )
+    with pytest.raises(UnsupportedError, match="no place for a passport"):
+        Passports().keygen(nn.Sequential(*layers), digits)
