@@ -106,3 +106,9 @@ def test_range_before_the_start_is_refused(count: int, offset: int) -> None:
 def test_bound_out_of_range_is_refused(high: int) -> None:
     with pytest.raises(ParameterError):
         STREAM.integers(3, high)
+
+
+def test_equal_words_keep_their_order_on_every_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = Stream(bytes(32))
+    monkeypatch.setattr(Stream, "words", lambda self, count: np.zeros(count, np.uint64))
+    assert stream.permutation(100).tolist() == list(range(100))
