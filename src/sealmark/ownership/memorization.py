@@ -116,7 +116,9 @@ class Memorization(Watermark):
             "capacity: another secret's points, BER 0.23 to 0.30 and still a match; training a new model on its "
             "answers (Lukas et al. 2022)",
             "permuting neurons, at no cost in accuracy (Yan et al. 2022, 2023), unless the suspect is aligned to "
-            "the original first; then BER 0 again for sign and correlation, and low bits as far as scales stand",
+            "the original first; then BER 0 again for sign and correlation. Low bits do not outlast a scale that "
+            "is no "
+            "power of two, whoever undoes it (measured)",
             "fine-tuning at ten times the owner's rate: sign BER 0.07 to 0.11, for 1.3 points (measured, 3 seeds)",
         ),
         deviations=(
