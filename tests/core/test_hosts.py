@@ -7,7 +7,14 @@ import torch
 from torch import nn
 
 from sealmark.core.errors import AccessError, ModelMismatchError, ParameterError, UnknownNameError
-from sealmark.core.hosts import choose_host, read_host
+from sealmark.core.hosts import (
+    choose_host,
+    filter_length,
+    mean_filter,
+    read_host,
+    read_mean_filter,
+    without_mean_filter,
+)
 from sealmark.core.suspect import BlackBox, WhiteBox
 from sealmark.core.weights import TensorInfo
 
@@ -68,3 +75,16 @@ def test_integers_are_no_host() -> None:
 def test_a_black_box_shows_no_host() -> None:
     with pytest.raises(AccessError):
         read_host(BlackBox(lambda x: torch.zeros(len(x))), "0.weight", lambda info: True, "weights")
+
+
+def test_the_mean_filter_is_blind_to_the_order_of_outputs_and_can_be_taken_out(model: nn.Module) -> None:
+    weight = model[0].weight.detach()
+    read = read_mean_filter(WhiteBox(model), "0.weight", 4)
+    torch.testing.assert_close(read, weight.mean(0))
+    torch.testing.assert_close(read, mean_filter(weight.flip(0)))
+    blind = without_mean_filter("0.weight")
+    torch.testing.assert_close(mean_filter(blind("0.weight", weight)), torch.zeros(4), atol=1e-6, rtol=0)
+    assert blind("2.weight", weight) is weight
+    assert filter_length(TensorInfo((8, 3, 5, 5), torch.float32)) == 75
+    with pytest.raises(ModelMismatchError, match=r"0\.weight with 5 inputs a filter"):
+        read_mean_filter(WhiteBox(model), "0.weight", 5)

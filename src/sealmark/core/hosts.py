@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from sealmark.core.errors import ModelMismatchError, ParameterError, UnknownNameError
 from sealmark.core.suspect import Suspect
-from sealmark.core.weights import TensorInfo, weights_of
+from sealmark.core.weights import TensorInfo, TensorMap, weights_of
 
 
 def choose_host(
@@ -73,3 +73,28 @@ def read_host(suspect: Suspect, layer: str, fits: Callable[[TensorInfo], bool], 
             advice="pass original= to align the suspect, or use a scheme that reads answers",
         )
     return suspect.weights[layer].detach().to("cpu", torch.float32)
+
+
+def mean_filter(weight: Tensor) -> Tensor:
+    """A weight averaged over its outputs: (L, ...) to (M,). The order of the outputs does not matter."""
+    return weight.mean(0).reshape(-1)
+
+
+def filter_length(info: TensorInfo) -> int:
+    """M, the length of a weight's `mean_filter`."""
+    return info.count // info.shape[0] if info.count else 0
+
+
+def read_mean_filter(suspect: Suspect, layer: str, length: int) -> Tensor:
+    """The mean filter of a layer as the suspect has it: (M,) float32 on the CPU.
+
+    Raises:
+        ModelMismatchError: no such tensor, or with filters of another length.
+    """
+    fits = f"{length} inputs a filter"
+    return mean_filter(read_host(suspect, layer, lambda info: filter_length(info) == length, fits))
+
+
+def without_mean_filter(layer: str) -> TensorMap:
+    """For `Verifiable.blind`: the layer less its mean filter, all others as they are."""
+    return lambda name, tensor: tensor - tensor.mean(0) if name == layer else tensor

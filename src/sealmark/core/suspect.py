@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from sealmark.core.errors import AccessError, BudgetError, FormatError, ParameterError
 from sealmark.core.modes import chunks, evaluating
+from sealmark.core.symmetry.alignment import align
 from sealmark.core.weights import FileWeights, ModelWeights, TensorMap, Weights
 
 Returns = Literal["label", "probabilities", "logits"]
@@ -221,7 +222,5 @@ def aligned(
         ModelMismatchError: it is not of the original's architecture.
         UnsupportedError: the original's structure cannot be read.
     """
-    from sealmark.core.symmetry.alignment import align
-
     found = align(suspect.weights, original, blind=blind)
     return found.note, WhiteBox(found.model(original))

@@ -43,6 +43,8 @@ def _index(cards: dict[str, Card]) -> str:
         "# Schemes",
         "Made from the cards, which stand beside the code (`make pages`). `research` says that a known cheap "
         "attack defeats the scheme.",
+        "`make figures`, `make whitebox` and `make lineage` rebuild the main figures, under [results](../results). "
+        "What a page tells beyond them was measured once, while the scheme was built; its test holds the claim.",
         *table(head, rows),
     )
 

@@ -20,13 +20,13 @@ from sealmark.codes.bibd import BlockCode
 from sealmark.core.card import Card
 from sealmark.core.errors import MarkFailedError, ParameterError
 from sealmark.core.evidence import DEFAULT_ALPHA
-from sealmark.core.hosts import choose_host, read_host
+from sealmark.core.hosts import choose_host, filter_length, mean_filter, read_mean_filter
 from sealmark.core.identity import Issued, Suspicion, UserMark, check_model
 from sealmark.core.secret import Secret
 from sealmark.core.suspect import Access, Suspect, WhiteBox
 from sealmark.core.task import Batch, Task
 from sealmark.core.training import train
-from sealmark.core.weights import TensorInfo, Weights, weights_of
+from sealmark.core.weights import Weights, weights_of
 
 _TAU = 0.85  # of the paper: a symbol over it is a 1
 
@@ -142,8 +142,8 @@ class Deepmarks(UserMark):
                 found=f"{len(roster)}, {len(set(roster))} of them distinct",
                 advice="name everyone who may get a copy; a larger block has more words",
             )
-        layer, info = choose_host(model, self.layer, room=_length, need=self.places)
-        host = {"layer": layer, "length": _length(info), "users": roster}
+        layer, info = choose_host(model, self.layer, room=filter_length, need=self.places)
+        host = {"layer": layer, "length": filter_length(info), "users": roster}
         return self.new_secret(weights_of(model), host=host, owner=owner, rng=rng)
 
     def issue(self, model: nn.Module, secret: Secret, user: str, *, task: Task | None = None) -> Issued:
@@ -167,7 +167,7 @@ class Deepmarks(UserMark):
                 ("deepmarks", user, weight.device),
                 lambda: tuple(part.to(weight.device) for part in (self._projection(secret), target)),
             )
-            return self.strength * functional.mse_loss(projection @ _host(weight).float(), wanted)
+            return self.strength * functional.mse_loss(projection @ mean_filter(weight).float(), wanted)
 
         result = copy.deepcopy(model)
         train(
@@ -225,8 +225,7 @@ class Deepmarks(UserMark):
     def _read(self, suspect: Suspect, secret: Secret) -> tuple[NDArray[np.float64], float]:
         """The symbols, and the length of w."""
         layer, length = secret.host["layer"], secret.host["length"]
-        weight = read_host(suspect, layer, lambda info: _length(info) == length, f"{length} inputs a filter")
-        host = _host(weight).double()
+        host = read_mean_filter(suspect, layer, length).double()
         projected = (self._projection(secret).double() @ host).numpy()
         return self._rotation(secret).T @ projected, float(host.norm())
 
@@ -267,11 +266,3 @@ class Deepmarks(UserMark):
             return basis * np.sign(np.diag(triangle))
 
         return secret.memo("rotation", draw)
-
-
-def _host(weight: Tensor) -> Tensor:
-    return weight.mean(0).reshape(-1)
-
-
-def _length(info: TensorInfo) -> int:
-    return info.count // info.shape[0] if info.count else 0

@@ -15,14 +15,14 @@ from sealmark.core.card import Card
 from sealmark.core.embedding import Embedding
 from sealmark.core.errors import ParameterError
 from sealmark.core.evidence import Score
-from sealmark.core.hosts import choose_host, read_host
+from sealmark.core.hosts import choose_host, filter_length, mean_filter, read_mean_filter, without_mean_filter
 from sealmark.core.modes import device_of, seeded, torch_generator
 from sealmark.core.ownership import Watermark
 from sealmark.core.payload import payload_bits, payload_bytes
 from sealmark.core.secret import Secret
 from sealmark.core.suspect import Access, Suspect
 from sealmark.core.task import Batch, Task
-from sealmark.core.weights import TensorInfo, TensorMap
+from sealmark.core.weights import TensorMap
 from sealmark.ownership._extractors import Extractor, clean_nets, score_bits
 
 
@@ -111,8 +111,8 @@ class Riga(Watermark):
         chosen: Mapping[str, Tensor],
     ) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Choose the layer and note its form."""
-        layer, info = choose_host(model, self.layer, room=_length, need=self.bits)
-        return {"layer": layer, "length": _length(info)}, {}
+        layer, info = choose_host(model, self.layer, room=filter_length, need=self.bits)
+        return {"layer": layer, "length": filter_length(info)}, {}
 
     def derive(self, secret: Secret) -> dict[str, Tensor]:
         """``message`` b: (T,) float32 of 0 and 1."""
@@ -133,8 +133,7 @@ class Riga(Watermark):
 
     def blind(self, secret: Secret) -> TensorMap:
         """The layer without its mean filter, which is all that is read of it."""
-        layer = secret.host["layer"]
-        return lambda name, tensor: tensor - tensor.mean(0) if name == layer else tensor
+        return without_mean_filter(secret.host["layer"])
 
     def decode(self, suspect: Suspect, secret: Secret) -> bytes:
         """The payload as the suspect holds it; empty where the secret carries none."""
@@ -143,9 +142,9 @@ class Riga(Watermark):
     def _read(self, suspect: Suspect, secret: Secret) -> Tensor:
         layer, length = secret.host["layer"], secret.host["length"]
         extractor = Extractor.of(secret, length, self.bits)
-        weight = read_host(suspect, layer, lambda info: _length(info) == length, f"{length} inputs a filter")
+        host = read_mean_filter(suspect, layer, length)
         with torch.no_grad():
-            return extractor(_host(weight))
+            return extractor(host)
 
 
 class _Run(Embedding):
@@ -157,7 +156,7 @@ class _Run(Embedding):
         super().__init__(scheme, secret)
         self._riga, self._layer, device = scheme, secret.host["layer"], device_of(model)
         nets = clean_nets(task, model, scheme.pool + scheme.held_out, scheme.epochs)
-        hosts = torch.stack([_host(net.get_parameter(self._layer)) for net in nets]).to(device)
+        hosts = torch.stack([mean_filter(net.get_parameter(self._layer).float()) for net in nets]).to(device)
         self._pool, self._held_out = hosts[: scheme.pool], hosts[scheme.pool :]
         strings = secret.stream("strings").bits(scheme.pool * scheme.bits).reshape(scheme.pool, scheme.bits)
         self._message = scheme.derive(secret)["message"].to(device)
@@ -172,7 +171,7 @@ class _Run(Embedding):
 
     def term(self, model: nn.Module, batch: Batch) -> Tensor:
         """``lambda1 * BCE(E(w), b) - lambda2 * D(w)``, after a step of E and of D."""
-        host = _host(model.get_parameter(self._layer))
+        host = mean_filter(model.get_parameter(self._layer).float())
         rows = torch.cat([host.detach().expand(len(self._pool), -1), self._pool])
         noise = torch.randn(rows.shape, generator=self._noise).to(rows.device)
         self._extractor.teach(rows + self.noise * rows.std(1, keepdim=True) * noise, self._targets)
@@ -215,11 +214,3 @@ class _Critic:
             with torch.no_grad():
                 for weight in self._net.parameters():
                     weight.clamp_(-self.clip, self.clip)
-
-
-def _host(weight: Tensor) -> Tensor:
-    return weight.float().mean(0).reshape(-1)
-
-
-def _length(info: TensorInfo) -> int:
-    return info.count // info.shape[0] if info.count else 0

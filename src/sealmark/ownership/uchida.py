@@ -16,14 +16,14 @@ from sealmark.core.card import Card
 from sealmark.core.embedding import Embedding
 from sealmark.core.errors import ParameterError
 from sealmark.core.evidence import Score
-from sealmark.core.hosts import choose_host, read_host
+from sealmark.core.hosts import choose_host, filter_length, mean_filter, read_mean_filter, without_mean_filter
 from sealmark.core.modes import chunks, evaluating
 from sealmark.core.ownership import Watermark
 from sealmark.core.payload import payload_bits, payload_bytes
 from sealmark.core.secret import Secret
 from sealmark.core.suspect import Access, Suspect
 from sealmark.core.task import Batch, Task
-from sealmark.core.weights import TensorInfo, TensorMap
+from sealmark.core.weights import TensorMap
 from sealmark.crypto.random import Stream
 from sealmark.stats.nulls import score_of_bits
 
@@ -123,9 +123,9 @@ class Uchida(Watermark):
     ) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Choose the layer and note its form."""
         layer, info = choose_host(
-            model, self.layer, room=lambda info: _length(info) // _ENTRIES[self.projection], need=self.bits
+            model, self.layer, room=lambda info: filter_length(info) // _ENTRIES[self.projection], need=self.bits
         )
-        return {"layer": layer, "length": _length(info)}, {}
+        return {"layer": layer, "length": filter_length(info)}, {}
 
     def derive(self, secret: Secret) -> dict[str, Tensor]:
         """``projection`` X: (T, M) float32; ``message`` b: (T,) float32 of 0 and 1."""
@@ -143,7 +143,7 @@ class Uchida(Watermark):
         """``strength`` times the sum over the bits of the objective."""
         weight = model.get_parameter(secret.host["layer"])
         key = self.derive_on(secret, weight.device)
-        logits = key["projection"] @ _host(weight).float()
+        logits = key["projection"] @ mean_filter(weight).float()
         if self.objective == "hinge":
             return self.strength * (self.margin - (2 * key["message"] - 1) * logits).relu().sum()
         return self.strength * functional.binary_cross_entropy_with_logits(logits, key["message"], reduction="sum")
@@ -175,8 +175,7 @@ class Uchida(Watermark):
 
     def blind(self, secret: Secret) -> TensorMap:
         """The layer without its mean filter, which is all that is read of it."""
-        layer = secret.host["layer"]
-        return lambda name, tensor: tensor - tensor.mean(0) if name == layer else tensor
+        return without_mean_filter(secret.host["layer"])
 
     def decode(self, suspect: Suspect, secret: Secret) -> bytes:
         """The payload as the suspect holds it; empty where the secret carries none."""
@@ -185,8 +184,7 @@ class Uchida(Watermark):
 
     def _read(self, suspect: Suspect, secret: Secret) -> np.ndarray[Any, np.dtype[np.uint8]]:
         layer, length = secret.host["layer"], secret.host["length"]
-        weight = read_host(suspect, layer, lambda info: _length(info) == length, f"{length} inputs a filter")
-        bits = (self.parts(secret)["projection"] @ _host(weight)) >= 0
+        bits = (self.parts(secret)["projection"] @ read_mean_filter(suspect, layer, length)) >= 0
         return bits.numpy().astype(np.uint8)
 
 
@@ -226,11 +224,3 @@ def _projection(kind: str, stream: Stream, bits: int, length: int) -> Tensor:
     if kind == "diff":
         matrix[rows, columns[bits : 2 * bits]] = -1
     return matrix
-
-
-def _host(weight: Tensor) -> Tensor:
-    return weight.mean(0).reshape(-1)
-
-
-def _length(info: TensorInfo) -> int:
-    return info.count // info.shape[0] if info.count else 0

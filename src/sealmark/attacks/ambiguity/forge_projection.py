@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from sealmark.core.attack import Forgery, Resources
 from sealmark.core.card import AttackCard
 from sealmark.core.errors import UnsupportedError
+from sealmark.core.hosts import mean_filter
 from sealmark.core.ownership import Verifiable, Watermark
 from sealmark.core.secret import Secret
 
 # scheme -> the host vector w that it reads of its layer. It must note the layer's name in the secret's
 # host as "layer", derive "projection" (T, M) and "message" (T,), and read a bit as (X w)_j >= 0.
-_HOSTS: dict[str, Callable[[Tensor], Tensor]] = {"uchida": lambda weight: weight.mean(0).flatten()}
+_HOSTS: dict[str, Callable[[Tensor], Tensor]] = {"uchida": mean_filter}
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,8 @@ from torch import Tensor, nn
 from sealmark.core.attack import Modification, Resources
 from sealmark.core.card import AttackCard
 from sealmark.core.errors import ParameterError
-from sealmark.core.symmetry.rewriting import Tensors, positions, reorder, resize
-from sealmark.core.symmetry.structure import Slot, Units, units_of
-from sealmark.core.weights import ModelWeights
+from sealmark.core.symmetry.rewriting import Tensors, positions, reorder, rewriting
+from sealmark.core.symmetry.structure import Slot, Units
 
 
 @dataclass(frozen=True)
@@ -70,16 +69,10 @@ class DummyNeurons(Modification):
     ) -> tuple[nn.Module, int]:
         """See `Modification.modify`."""
         model = copies[0]
-        weights = ModelWeights(model)
-        tensors: Tensors = {name: weights[name].clone() for name in weights}
-        for units in units_of(model):
-            if units.resizable:
-                self._grow(tensors, units, rng)
-        for name in weights:
-            if tensors[name].shape != weights[name].shape:
-                resize(model, name, tensors[name])
-            else:
-                weights[name].copy_(tensors[name])
+        with rewriting(model) as (groups, tensors):
+            for units in groups:
+                if units.resizable:
+                    self._grow(tensors, units, rng)
         return model, 0
 
     def _grow(self, tensors: Tensors, units: Units, rng: np.random.Generator) -> None:

@@ -11,9 +11,7 @@ from torch import nn
 from sealmark.core.attack import Modification, Resources
 from sealmark.core.card import AttackCard
 from sealmark.core.errors import ParameterError
-from sealmark.core.symmetry.rewriting import reorder
-from sealmark.core.symmetry.structure import units_of
-from sealmark.core.weights import ModelWeights
+from sealmark.core.symmetry.rewriting import reorder, rewriting
 
 
 @dataclass(frozen=True)
@@ -58,11 +56,7 @@ class Permute(Modification):
     ) -> tuple[nn.Module, int]:
         """See `Modification.modify`."""
         model = copies[0]
-        groups = units_of(model)
-        weights = ModelWeights(model)
-        tensors = {name: weights[name].clone() for name in weights}
-        for units in groups[: round(self.share * len(groups))]:
-            reorder(tensors, units, torch.from_numpy(rng.permutation(units.size)))
-        for name in weights:
-            weights[name].copy_(tensors[name])
+        with rewriting(model) as (groups, tensors):
+            for units in groups[: round(self.share * len(groups))]:
+                reorder(tensors, units, torch.from_numpy(rng.permutation(units.size)))
         return model, 0

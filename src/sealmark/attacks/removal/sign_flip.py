@@ -11,9 +11,7 @@ from torch import nn
 from sealmark.core.attack import Modification, Resources
 from sealmark.core.card import AttackCard
 from sealmark.core.errors import ParameterError
-from sealmark.core.symmetry.rewriting import scale
-from sealmark.core.symmetry.structure import units_of
-from sealmark.core.weights import ModelWeights
+from sealmark.core.symmetry.rewriting import rewriting, scale
 
 
 @dataclass(frozen=True)
@@ -59,14 +57,10 @@ class SignFlip(Modification):
     ) -> tuple[nn.Module, int]:
         """See `Modification.modify`."""
         model = copies[0]
-        weights = ModelWeights(model)
-        tensors = {name: weights[name].clone() for name in weights}
-        for units in units_of(model):
-            for stretch in units.stretches:
-                if stretch.signs:
-                    scale(
-                        tensors, stretch, torch.from_numpy(np.where(rng.random(units.size) < self.rate, -1.0, 1.0))
-                    )
-        for name in weights:
-            weights[name].copy_(tensors[name])
+        with rewriting(model) as (groups, tensors):
+            for units in groups:
+                for stretch in units.stretches:
+                    if stretch.signs:
+                        signs = np.where(rng.random(units.size) < self.rate, -1.0, 1.0)
+                        scale(tensors, stretch, torch.from_numpy(signs))
         return model, 0

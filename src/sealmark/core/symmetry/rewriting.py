@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -10,9 +11,27 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from sealmark.core.symmetry.structure import Norm, Slot, Stretch, Units
+from sealmark.core.symmetry.structure import Norm, Slot, Stretch, Units, units_of
+from sealmark.core.weights import ModelWeights
 
 Tensors = MutableMapping[str, Tensor]
+
+
+@contextmanager
+def rewriting(model: nn.Module) -> Iterator[tuple[tuple[Units, ...], Tensors]]:
+    """The units of a model and copies of its tensors to change, which are put into the model at the end.
+
+    Raises:
+        UnsupportedError: `torch.fx` cannot trace the model.
+    """
+    weights = ModelWeights(model)
+    tensors = {name: weights[name].clone() for name in weights}
+    yield units_of(model), tensors
+    for name in weights:
+        if tensors[name].shape == weights[name].shape:
+            weights[name].copy_(tensors[name])
+        else:
+            resize(model, name, tensors[name])
 
 
 def positions(slot: Slot, units: Tensor) -> Tensor:
