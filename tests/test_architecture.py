@@ -23,12 +23,13 @@ TREES = {path.relative_to(PACKAGE).as_posix(): ast.parse(path.read_text("utf-8")
 # Words that everybody uses, and the keyed streams that a secret hands out; they lead to nothing else.
 OPEN = {"core.errors", "core.files", "core.canonical", "core.card", "crypto.random"}
 LAWS = {"core", "stats"}
-SCHEMES = LAWS | {"codes"}
+SCHEMES = LAWS | {"codes", "blackbox"}
 MAY_IMPORT: dict[str, set[str]] = {
     "crypto": set(),
     "core": set(),
     "stats": {"core"},
     "codes": LAWS,
+    "blackbox": LAWS | {"codes"},
     "ownership": SCHEMES,
     "authorization": SCHEMES,
     "identity": SCHEMES,

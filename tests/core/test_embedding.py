@@ -47,7 +47,11 @@ class Signs(Watermark):
     access = Access.WEIGHTS
 
     def bind(
-        self, model: nn.Module, task: Task | None, chosen: Mapping[str, Tensor]
+        self,
+        model: nn.Module,
+        task: Task | None,
+        chosen: Mapping[str, Tensor],
+        rng: np.random.Generator,
     ) -> tuple[dict[str, Any], dict[str, Tensor]]:
         return {}, {"shape": torch.tensor([16])}
 

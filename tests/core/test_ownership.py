@@ -37,7 +37,11 @@ class Direction(Watermark):
     access = Access.WEIGHTS
 
     def bind(
-        self, model: nn.Module, task: Task | None, chosen: Mapping[str, Tensor]
+        self,
+        model: nn.Module,
+        task: Task | None,
+        chosen: Mapping[str, Tensor],
+        rng: np.random.Generator,
     ) -> tuple[dict[str, Any], dict[str, Tensor]]:
         return {"layer": "0.weight", "entries": model.get_parameter("0.weight").numel()}, {}
 
@@ -65,7 +69,11 @@ class Triggers(Watermark):
     choices: ClassVar[frozenset[str]] = frozenset({"images"})
 
     def bind(
-        self, model: nn.Module, task: Task | None, chosen: Mapping[str, Tensor]
+        self,
+        model: nn.Module,
+        task: Task | None,
+        chosen: Mapping[str, Tensor],
+        rng: np.random.Generator,
     ) -> tuple[dict[str, Any], dict[str, Tensor]]:
         return {"chosen": sorted(chosen)}, dict(chosen)
 

@@ -9,11 +9,9 @@ import torch
 from sealmark.core.errors import BudgetError, ForgedSecretError, ParameterError
 from sealmark.core.evidence import Verdict
 from sealmark.core.suspect import BlackBox, WhiteBox
-from sealmark.crypto.random import Stream
-from sealmark.ownership.adi import Adi, check_openings, patterns
+from sealmark.ownership.adi import Adi, Published, check_openings, verify_publicly
 
 SCHEME = Adi()
-GOLDEN = [183, 173, 192, 183, 202, 186, 212, 221]  # first row of the first image under the all-zero key
 
 
 @pytest.fixture(scope="module")
@@ -64,20 +62,20 @@ def test_budget_smaller_than_the_trigger_set_is_refused_before_asking(scratch, s
 
 def test_published_commitments_hide_and_bind(secret):
     published = SCHEME.publish(secret)
-    assert len(published) == len(set(published)) == 30
-    assert len({label for _, label in published}) == 30  # equal labels do not show: they are salted
+    assert len(published.commitments) == len(set(published.commitments)) == 30
+    assert len({label for _, label in published.commitments}) == 30  # equal labels do not show: they are salted
     check_openings(published, SCHEME.open(secret, [3, 17]))
 
 
 @pytest.mark.parametrize(
     "spoil",
     [
-        lambda o: replace(o, image=o.image ^ 1),
+        lambda o: replace(o, packed=o.packed ^ 1),
         lambda o: replace(o, label=(o.label + 1) % 10),
         lambda o: replace(o, salts=(o.salts[1], o.salts[0])),
         lambda o: replace(o, index=o.index + 1),
         lambda o: replace(o, index=99),
-        lambda o: replace(o, image=o.image.reshape(8, 8)),
+        lambda o: replace(o, packed=o.packed.reshape(8, 8)),
     ],
 )
 def test_opening_that_was_changed_is_refused(spoil, secret):
@@ -86,27 +84,14 @@ def test_opening_that_was_changed_is_refused(spoil, secret):
         check_openings(SCHEME.publish(secret), [spoil(opening)])
 
 
-def test_images_are_the_same_on_every_machine():
-    images = patterns(Stream(bytes(32)), 2, (1, 8, 8))
-    assert images.shape == (2, 1, 8, 8)
-    assert images[0, 0, 0].tolist() == GOLDEN
-
-
-@pytest.mark.parametrize("shape", [(3, 32, 32), (1, 2, 2), (7,), (2, 5, 9)])
-def test_images_of_any_shape_are_distinct(shape):
-    images = patterns(Stream(bytes(32)), 40, shape)
-    assert images.shape == (40, *shape)
-    assert len(torch.unique(images, dim=0)) == 40
-
-
 def test_owner_may_choose_images_but_never_labels(digits, plain):
     images = torch.randint(0, 256, (30, 1, 8, 8), generator=torch.Generator().manual_seed(0)).byte()
-    secret = SCHEME.keygen(plain, digits, chosen={"images": images}, rng=np.random.default_rng(2))
-    assert torch.equal(secret.tensors["images"], images)
-    assert torch.allclose(SCHEME.triggers_of(secret).inputs, images / 255)
+    secret = SCHEME.keygen(plain, digits, chosen={"inputs": images}, rng=np.random.default_rng(2))
+    assert torch.equal(secret.tensors["inputs"], images)
+    assert torch.allclose(SCHEME.trigger_set(secret).inputs, images / 255)
     swapped = images.flip(0)
-    other = SCHEME.keygen(plain, digits, chosen={"images": swapped}, rng=np.random.default_rng(2))
-    assert not torch.equal(SCHEME.triggers_of(other).targets.flip(0), SCHEME.triggers_of(secret).targets)
+    other = SCHEME.keygen(plain, digits, chosen={"inputs": swapped}, rng=np.random.default_rng(2))
+    assert not torch.equal(SCHEME.trigger_set(other).targets.flip(0), SCHEME.trigger_set(secret).targets)
 
 
 @pytest.mark.parametrize(
@@ -120,7 +105,7 @@ def test_owner_may_choose_images_but_never_labels(digits, plain):
 )
 def test_unfit_images_are_refused(images, digits, plain):
     with pytest.raises(ParameterError):
-        SCHEME.keygen(plain, digits, chosen={"images": images})
+        SCHEME.keygen(plain, digits, chosen={"inputs": images})
 
 
 def test_task_is_needed(plain, digits):
@@ -134,3 +119,50 @@ def test_task_is_needed(plain, digits):
 def test_meaningless_parameters_are_refused(parameters):
     with pytest.raises(ParameterError):
         Adi(**parameters)
+
+
+BEACON = b"a headline from the day after"
+
+
+def opened(secret):
+    return SCHEME.open(secret, range(SCHEME.triggers))
+
+
+def test_judge_verifies_in_public_without_the_secret(scratch, plain, secret):
+    published = SCHEME.publish(secret)
+    evidence = verify_publicly(WhiteBox(scratch), published, opened(secret), beacon=BEACON)
+    assert evidence.verdict is Verdict.MATCH
+    assert evidence.queries == 15  # the other half was inspected
+    assert evidence.commitment == published.digest
+    innocent = verify_publicly(WhiteBox(plain), published, opened(secret), beacon=BEACON)
+    assert innocent.verdict is Verdict.NO_MATCH
+
+
+def test_nobody_chooses_what_is_inspected(secret):
+    published = SCHEME.publish(secret)
+    halves = {tuple(published.inspected(bytes([i]))) for i in range(20)}
+    assert len(halves) == 20
+    assert all(len(half) == 15 for half in halves)
+
+
+def test_labels_that_do_not_look_random_are_refused(secret, plain):
+    answers = [replace(opening, label=3) for opening in opened(secret)]
+    published = Published(SCHEME.publish(secret).form, tuple(o.commitments() for o in answers))
+    with pytest.raises(ForgedSecretError, match="look random"):
+        verify_publicly(WhiteBox(plain), published, answers, beacon=BEACON)
+
+
+@pytest.mark.parametrize(
+    "spoil", [lambda o: o[1:], lambda o: [*o, o[0]], lambda o: [*o[1:], replace(o[0], label=99)]]
+)
+def test_openings_must_be_complete_and_true(spoil, secret, plain):
+    with pytest.raises(ForgedSecretError):
+        verify_publicly(WhiteBox(plain), SCHEME.publish(secret), spoil(opened(secret)), beacon=BEACON)
+
+
+def test_repeated_triggers_are_refused(secret, plain):
+    one, *rest = opened(secret)
+    twins = [one, replace(rest[0], packed=one.packed), *rest[1:]]
+    published = Published(SCHEME.publish(secret).form, tuple(o.commitments() for o in twins))
+    with pytest.raises(ForgedSecretError, match="the same"):
+        verify_publicly(WhiteBox(plain), published, twins, beacon=BEACON)

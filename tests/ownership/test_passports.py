@@ -357,8 +357,8 @@ def test_triggers_belong_to_v3_and_follow_from_its_seed(marked, secret, with_tri
     with pytest.raises(UnsupportedError, match="no triggers"):
         SCHEME.trigger_score(WhiteBox(marked), secret)
     model, host = with_triggers.model, with_triggers.secret.host
-    claim = V3.new_secret(ModelWeights(model), host=host, tensors={"images": torch.zeros(30, 1, 8, 8)})
-    with pytest.raises(ForgedSecretError, match="images"):
+    claim = V3.new_secret(ModelWeights(model), host=host, tensors={"inputs": torch.zeros(30, 1, 8, 8)})
+    with pytest.raises(ForgedSecretError, match="inputs"):
         V3.verify(WhiteBox(model), claim)
 
 

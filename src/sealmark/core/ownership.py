@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from sealmark.core.embedding import Embedding, Marked
-from sealmark.core.errors import ForgedSecretError, MarkFailedError, ParameterError
-from sealmark.core.evidence import DEFAULT_ALPHA, AlignedNull, Evidence, Score, check_alpha, judge
+from sealmark.core.errors import ForgedSecretError, MarkFailedError, ParameterError, UnsupportedError
+from sealmark.core.evidence import DEFAULT_ALPHA, AlignedNull, Evidence, Null, Score, check_alpha, judge
 from sealmark.core.scheme import Scheme
 from sealmark.core.secret import Secret
 from sealmark.core.suspect import Access, Suspect, WhiteBox, aligned
@@ -81,6 +81,19 @@ class Verifiable(Scheme):
     def score(self, suspect: Suspect, secret: Secret) -> Score:
         """A statistic of the suspect, and its law on models made without the secret."""
 
+    def score_in_turn(self, suspect: Suspect, secret: Secret, enough: float) -> Score:
+        """The same with as few queries as it takes, by a law that allows for stopping at will.
+
+        Args:
+            suspect: is asked one trigger after the other, in an order that the secret fixes.
+            secret: as for `score`.
+            enough: natural logarithm of the p-value at which the verdict is sure.
+
+        Raises:
+            UnsupportedError: the scheme asks for everything at once.
+        """
+        raise UnsupportedError(f"{self.name} cannot ask in turn", expected="a scheme with a trigger set")
+
     @final
     def verify(
         self,
@@ -91,6 +104,8 @@ class Verifiable(Scheme):
         tries: float = 1,
         commitment: str | None = None,
         original: nn.Module | None = None,
+        population: Null | None = None,
+        sequential: bool = False,
     ) -> Evidence:
         """Is this suspect mine?
 
@@ -103,6 +118,9 @@ class Verifiable(Scheme):
             original: the owner's own model. The suspect's hidden units are put back into its order, scale
                 and sign first, since a thief can change those at no cost. Against the model for which the
                 secret was made the law stays exact; against a marked one see `Basis.ALIGNED`.
+            population: a judge's own law instead of the scheme's, see `sealmark.stats.populations`.
+            sequential: put one trigger after the other and stop as soon as the verdict is sure. The p-value
+                holds at any stopping time. For schemes with a trigger set.
 
         Returns:
             A verdict with its p-value and what it rests on.
@@ -113,15 +131,24 @@ class Verifiable(Scheme):
                 that this scheme cannot use.
             ForgedSecretError: the secret does not re-derive, or does not open the commitment.
             ModelMismatchError: the suspect's form does not fit what the scheme reads.
-            UnsupportedError: the original's structure cannot be read.
+            UnsupportedError: the original's structure cannot be read; the scheme cannot ask in turn.
+            BudgetError: the suspect may not be asked as often as it takes.
         """
         check_alpha(alpha, tries)
+        if sequential and (original is not None or population is not None):
+            raise ParameterError("asking in turn has a law of its own", expected="no original and no population")
         if original is None:  # one that is aligned lends its architecture to the suspect's weights
             suspect.require(self.access)
         self.check_secret(secret, commitment)
         before = suspect.queries
+        if sequential:
+            score = self.score_in_turn(suspect, secret, math.log(alpha) - math.log(tries))
+        elif original is None:
+            score = self.score(suspect, secret)
+        else:
+            score = self._score_aligned(suspect, secret, original)
         return judge(
-            self.score(suspect, secret) if original is None else self._score_aligned(suspect, secret, original),
+            score if population is None else Score(score.statistic, population, score.details),
             alpha=alpha,
             tries=tries,
             scheme=self.name,
@@ -165,8 +192,13 @@ class Watermark(Verifiable):
         model: nn.Module,
         task: Task | None,
         chosen: Mapping[str, Tensor],
+        rng: np.random.Generator,
     ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """What the secret must note of the model (plain JSON), and what it must hold as tensors."""
+        """What the secret must note of the model (plain JSON), and what it must hold as tensors.
+
+        What ``rng`` decides here, such as the rows that become triggers, is fixed before the seed is drawn:
+        streams depend on it, and so labels are random given it.
+        """
         return {}, {}
 
     @final
@@ -201,7 +233,7 @@ class Watermark(Verifiable):
             raise ParameterError(
                 f"{self.name} derives what you chose", expected=sorted(self.choices), found=sorted(given)
             )
-        host, tensors = self.bind(model, task, given)
+        host, tensors = self.bind(model, task, given, np.random.default_rng() if rng is None else rng)
         secret = self.new_secret(
             weights_of(model), host=host, tensors=tensors, owner=owner, payload=payload, rng=rng
         )
@@ -216,8 +248,8 @@ class Watermark(Verifiable):
         """Rows to train on beside ``batch``."""
         return batch.take(slice(0, 0))
 
-    def lesson(self, model: nn.Module, task: Task) -> Task:
-        """The task to embed by: as it is, or with other targets made by ``model``, before it is marked."""
+    def lesson(self, model: nn.Module, secret: Secret, task: Task) -> Task:
+        """The task to embed by: as it is, without some rows, or with targets that ``model`` made before marking."""
         return task
 
     def embedding(self, model: nn.Module, secret: Secret, task: Task | None, rng: np.random.Generator) -> Embedding:
@@ -292,7 +324,7 @@ def embed_all(
     """A copy of ``model`` with several watermarks, trained in one run, and their secrets; see `Watermark.embed`."""
     for scheme, secret in marks:
         scheme.check_secret(secret)
-        task = scheme.lesson(model, task)
+        task = scheme.lesson(model, secret, task)
     marked = copy.deepcopy(model)
     runs = [scheme.embedding(marked, secret, task, rng) for scheme, secret in marks]
     train(

@@ -124,7 +124,11 @@ class PassportMark(Watermark):
             )
 
     def bind(
-        self, model: nn.Module, task: Task | None, chosen: Mapping[str, Tensor]
+        self,
+        model: nn.Module,
+        task: Task | None,
+        chosen: Mapping[str, Tensor],
+        rng: np.random.Generator,
     ) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Choose the passport layers; hold what images look like there, where passports are made of that."""
         if task is None:

@@ -1,28 +1,29 @@
-"""Adi et al. 2018: abstract images that the model was taught to label at random."""
+"""Adi et al. 2018: abstract images that the model was taught to label at random, and the public protocol."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from scipy.stats import chisquare
+from torch import Tensor
 
+from sealmark.blackbox.inputs import keyed_inputs, unpack
+from sealmark.blackbox.triggers import TriggerMark
 from sealmark.core.canonical import canonical_json, sha256_hex
 from sealmark.core.card import Card
-from sealmark.core.errors import ForgedSecretError, ParameterError
-from sealmark.core.evidence import Score
-from sealmark.core.ownership import Watermark
+from sealmark.core.errors import ForgedSecretError
+from sealmark.core.evidence import DEFAULT_ALPHA, Evidence, Score, judge
 from sealmark.core.secret import Secret
-from sealmark.core.suspect import Access, Suspect
-from sealmark.core.task import Batch, Task
+from sealmark.core.suspect import Suspect
 from sealmark.crypto.random import Stream
 from sealmark.stats.nulls import Binomial
 
 _SALT = 32
+_UNIFORM = 1e-3  # opened labels less likely than this were not drawn at random
 
 
 @dataclass(frozen=True)
@@ -31,25 +32,54 @@ class Opening:
 
     Attributes:
         index: which trigger.
-        image: uint8, the exact bytes that were committed to.
+        packed: the exact bytes that were committed to, uint8 or int64.
         label: its class.
-        salts: 32 random bytes for the image, 32 for the label.
+        salts: 32 random bytes for the input, 32 for the label.
     """
 
     index: int
-    image: Tensor
+    packed: Tensor
     label: int
     salts: tuple[bytes, bytes]
 
     def commitments(self) -> tuple[str, str]:
         """SHA-256 over kind, salt, form and bytes: hiding for want of the salt, binding."""
-        form = canonical_json({"dtype": "uint8", "shape": list(self.image.shape)})
-        image = sha256_hex(b"sealmark/adi/image\0", self.salts[0], form, self.image.numpy().tobytes())
+        kind = str(self.packed.dtype).removeprefix("torch.")
+        form = canonical_json({"dtype": kind, "shape": list(self.packed.shape)})
+        image = sha256_hex(b"sealmark/adi/image\0", self.salts[0], form, self.packed.numpy().tobytes())
         return image, sha256_hex(b"sealmark/adi/label\0", self.salts[1], self.label.to_bytes(8, "little"))
 
 
 @dataclass(frozen=True)
-class Adi(Watermark):
+class Published:
+    """The verification key of the paper: what the owner publishes before release.
+
+    Attributes:
+        form: of inputs and labels, see `sealmark.blackbox.inputs.form_of`.
+        commitments: to the input and the label of each trigger.
+    """
+
+    form: Mapping[str, Any]
+    commitments: tuple[tuple[str, str], ...]
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over all of it: what a time stamp is taken of."""
+        return sha256_hex(b"sealmark/adi/published\0", canonical_json([dict(self.form), self.commitments]))
+
+    def inspected(self, beacon: bytes) -> list[int]:
+        """The half that is opened for inspection: drawn from public randomness that nobody could foresee.
+
+        Args:
+            beacon: public and random, from after the publication: both sides must trust it.
+        """
+        key = bytes.fromhex(sha256_hex(b"sealmark/adi/beacon\0", self.digest.encode(), beacon))
+        order = Stream(key).permutation(len(self.commitments))
+        return sorted(int(index) for index in order[: len(order) // 2])
+
+
+@dataclass(frozen=True)
+class Adi(TriggerMark):
     """Watermarking by backdooring, with commitments.
 
     KeyGen draws abstract images and labels; training sees ``per_batch`` triggers beside each batch, in
@@ -61,19 +91,20 @@ class Adi(Watermark):
     Bin(triggers, 1/K), however strangely it answers.
 
     Ours: images are keyed patterns made with integer arithmetic, so that every machine gets the same
-    bytes. ``keygen(..., chosen={"images": ...})`` is the paper's way, in which the owner picks the
-    images. The verdict is the exact p-value, where the paper accepts at an error of at most epsilon.
+    bytes. ``keygen(..., chosen={"inputs": ...})`` is the paper's way, in which the owner picks the
+    images, packed as `sealmark.blackbox.inputs.pack` does. Tasks of words get random words. The verdict is
+    the exact p-value, where the paper accepts at an error of at most epsilon.
+
+    Verification in public is `Published` and `verify_publicly`. Whoever may see the secret should verify
+    with it instead: then labels are checked to be random, not only to look it.
 
     Args:
-        triggers: n; the paper has 100. 30 reach p = 1e-30 with ten classes.
-        per_batch: triggers beside each batch; the paper has 2 beside 100 images for 60 epochs.
+        triggers: n; the paper has 100.
+        per_batch: the paper has 2 beside 100 images for 60 epochs.
     """
 
-    triggers: int = 30
-    per_batch: int = 16
-
-    access = Access.LABELS
-    choices = frozenset({"images"})
+    choices = frozenset({"inputs"})
+    rule: ClassVar[float] = 0.9  # the paper leaves epsilon open and reports 100 %
     card = Card(
         title="Abstract images with keyed random labels, under commitments",
         citation="Y. Adi, C. Baum, M. Cisse, B. Pinkas, J. Keshet, Turning Your Weakness Into a Strength: "
@@ -101,125 +132,87 @@ class Adi(Watermark):
         max_drop=0.01,
     )
 
-    def __post_init__(self) -> None:
-        if self.triggers < 1 or self.per_batch < 1:
-            raise ParameterError(
-                "bad parameters of adi", expected="triggers >= 1, per_batch >= 1", found=self.parameters
-            )
+    def draw(self, secret: Secret) -> Tensor:
+        """Keyed patterns, or random words."""
+        return keyed_inputs(secret.stream("images"), self.triggers, secret.host)
 
-    def bind(
-        self,
-        model: nn.Module,
-        task: Task | None,
-        chosen: Mapping[str, Tensor],
-    ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Note shape and range of the inputs and the number of classes; hold chosen images."""
-        if task is None or task.classes < 2 or not task.owner.inputs.is_floating_point():
-            raise ParameterError(
-                "adi needs a classification task with real-valued inputs",
-                expected="task= with two classes or more",
-                found=None if task is None else task.name,
-            )
-        inputs = task.owner.inputs
-        host = {
-            "shape": list(inputs.shape[1:]),
-            "low": inputs.min().item(),
-            "high": inputs.max().item(),
-            "classes": task.classes,
-        }
-        if "images" not in chosen:
-            return host, {}
-        images = chosen["images"]
-        shape = [self.triggers, *inputs.shape[1:]]
-        if images.dtype != torch.uint8 or list(images.shape) != shape:
-            raise ParameterError(
-                "bad images",
-                expected=f"uint8 of shape {shape}",
-                found=f"{images.dtype} of shape {list(images.shape)}",
-            )
-        if len(torch.unique(images, dim=0)) != len(images):
-            raise ParameterError("two of the images are the same", expected="distinct images")
-        return host, {"images": images}
-
-    def triggers_of(self, secret: Secret) -> Batch:
-        """The triggers as the model sees them: (n, ...) float32 in the task's range, (n,) int64."""
-
-        def make() -> Batch:
-            host = secret.host
-            images = self._images(secret).float() / 255
-            labels = secret.stream("labels").integers(self.triggers, host["classes"])
-            return Batch(images * (host["high"] - host["low"]) + host["low"], torch.from_numpy(labels))
-
-        return secret.memo("triggers", make)
-
-    def extra(self, secret: Secret, batch: Batch, rng: np.random.Generator) -> Batch:
-        """``per_batch`` triggers in order, from a random place."""
-        rows = (int(rng.integers(self.triggers)) + torch.arange(self.per_batch)) % self.triggers
-        return self.triggers_of(secret).take(rows).to(batch.inputs.device)
-
-    def score(self, suspect: Suspect, secret: Secret) -> Score:
-        """Matching labels against Bin(n, 1/K)."""
-        triggers = self.triggers_of(secret)
-        matches = int((suspect.labels(triggers.inputs) == triggers.targets).sum())
-        null = Binomial(self.triggers, 1 / secret.host["classes"])
-        return Score(matches, null, {"triggers": self.triggers, "trigger_accuracy": matches / self.triggers})
-
-    def publish(self, secret: Secret) -> list[tuple[str, str]]:
-        """The verification key: commitments to image and label of every trigger, in order."""
-        return [opening.commitments() for opening in self.open(secret, range(self.triggers))]
+    def publish(self, secret: Secret) -> Published:
+        """The verification key: commitments to input and label of every trigger, in order."""
+        opened = self.open(secret, range(self.triggers))
+        return Published(dict(secret.host), tuple(opening.commitments() for opening in opened))
 
     def open(self, secret: Secret, indices: Iterable[int]) -> list[Opening]:
         """Lay some triggers open; an opened trigger is spent as evidence."""
-        images, labels = self._images(secret), self.triggers_of(secret).targets
+        packed = secret.tensors["inputs"] if "inputs" in secret.tensors else self.derive(secret)["inputs"]
+        labels = self.derive(secret)["labels"]
         salts = secret.stream("salts").raw(2 * _SALT * self.triggers).tobytes()
         pairs = [salts[i : i + 2 * _SALT] for i in range(0, len(salts), 2 * _SALT)]
-        return [Opening(i, images[i], int(labels[i]), (pairs[i][:_SALT], pairs[i][_SALT:])) for i in indices]
-
-    def _images(self, secret: Secret) -> Tensor:
-        if "images" in secret.tensors:
-            return secret.tensors["images"]
-        return secret.memo("images", lambda: patterns(secret.stream("images"), self.triggers, secret.host["shape"]))
+        return [Opening(i, packed[i], int(labels[i]), (pairs[i][:_SALT], pairs[i][_SALT:])) for i in indices]
 
 
-def check_openings(published: Sequence[tuple[str, str]], openings: Iterable[Opening]) -> None:
-    """The judge's half of cut and choose: every opening must fit what was published before.
+def check_openings(published: Published, openings: Iterable[Opening]) -> None:
+    """Every opening must fit what was published before.
 
     Raises:
         ForgedSecretError: one does not.
     """
     for opening in openings:
-        known = 0 <= opening.index < len(published)
-        if not known or tuple(published[opening.index]) != opening.commitments():
+        known = 0 <= opening.index < len(published.commitments)
+        if not known or published.commitments[opening.index] != opening.commitments():
             raise ForgedSecretError(
                 "an opening does not fit the published commitment", found=f"trigger {opening.index}"
             )
 
 
-def patterns(stream: Stream, count: int, shape: Sequence[int]) -> Tensor:
-    """Keyed abstract images: coarse value noise with fine noise on top, in integers throughout.
+def verify_publicly(
+    suspect: Suspect,
+    published: Published,
+    openings: Sequence[Opening],
+    *,
+    beacon: bytes,
+    alpha: float = DEFAULT_ALPHA,
+) -> Evidence:
+    """The judge's side, without the secret: cut and choose, then count (section 5 of the paper).
+
+    Half of the triggers, which ``beacon`` chooses, is inspected: inputs must differ, labels must look drawn
+    at random. The other half is put to the suspect. All of them are spent afterwards.
+
+    That labels look random does not prove that they are, and inspection cannot see that images were optimized
+    to be answered so by every model (Liu et al. 2024). A verdict that withstands that needs the secret.
 
     Args:
-        stream: of the secret.
-        count: n.
-        shape: of one image, (..., H, W); of one row where it has a single dimension.
+        suspect: answers with labels.
+        published: from before the model was released.
+        openings: of every trigger.
+        beacon: see `Published.inspected`.
+        alpha: largest accepted chance of a false claim.
 
-    Returns:
-        (n, *shape) uint8.
+    Raises:
+        ForgedSecretError: an opening does not fit, one is missing, inputs repeat, or the inspected labels
+            do not look random.
     """
-    height, width = (1, *shape)[-2:]
-    planes = count * math.prod(shape) // (height * width)
-    rows, columns = max(2, height // 3), max(2, width // 3)
-    fine = stream.raw(planes * height * width).astype(np.int64).reshape(planes, height, width)
-    offset = planes * height * width
-    coarse = stream.raw(planes * rows * columns, offset=offset).astype(np.int64)
-    smooth = _stretch(_stretch(coarse.reshape(planes, rows, columns), height, 1), width, 2)
-    return torch.from_numpy(((3 * smooth + fine) // 4).astype(np.uint8)).reshape(count, *shape)
-
-
-def _stretch(grid: np.ndarray[Any, np.dtype[np.int64]], size: int, axis: int) -> Any:
-    """Linear interpolation along one axis to ``size`` points, rounding down."""
-    last, steps = grid.shape[axis] - 1, max(1, size - 1)
-    place = np.arange(size) * last
-    left = np.minimum(place // steps, last - 1)
-    weight = (place - left * steps).reshape([-1 if i == axis else 1 for i in range(3)])
-    return (np.take(grid, left, axis) * (steps - weight) + np.take(grid, left + 1, axis) * weight) // steps
+    check_openings(published, openings)
+    by_index = {opening.index: opening for opening in openings}
+    inspected = published.inspected(beacon)
+    asked = [index for index in range(len(published.commitments)) if index not in set(inspected)]
+    if len(by_index) != len(published.commitments) or len(openings) != len(by_index) or not inspected:
+        raise ForgedSecretError(
+            "not every trigger was opened once", expected=len(published.commitments), found=len(openings)
+        )
+    inputs = torch.stack([by_index[index].packed for index in range(len(by_index))])
+    if len(torch.unique(inputs, dim=0)) != len(inputs):
+        raise ForgedSecretError("two of the triggers are the same")
+    classes = int(published.form["classes"])
+    counts = np.bincount([by_index[index].label for index in inspected], minlength=classes)
+    if len(counts) > classes or chisquare(counts).pvalue < _UNIFORM:
+        raise ForgedSecretError("the inspected labels do not look random", found=counts.tolist())
+    before = suspect.queries
+    answers = suspect.labels(unpack(inputs[asked], published.form))
+    matches = sum(int(answer) == by_index[index].label for answer, index in zip(answers, asked, strict=True))
+    return judge(
+        Score(matches, Binomial(len(asked), 1 / classes), {"inspected": len(inspected), "asked": len(asked)}),
+        alpha=alpha,
+        scheme="adi",
+        commitment=published.digest,
+        queries=suspect.queries - before,
+    )

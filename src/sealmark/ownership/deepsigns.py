@@ -164,6 +164,7 @@ class DeepSigns(Watermark):
         model: nn.Module,
         task: Task | None,
         chosen: Mapping[str, Tensor],
+        rng: np.random.Generator,
     ) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """White-box: the layer, and rows of each class that may carry. Black-box: the form of inputs and labels."""
         if task is None or task.classes < 2 or task.owner.targets.ndim != 1:

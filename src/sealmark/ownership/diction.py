@@ -123,6 +123,7 @@ class Diction(Watermark):
         model: nn.Module,
         task: Task | None,
         chosen: Mapping[str, Tensor],
+        rng: np.random.Generator,
     ) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Choose the layer, count its features and note the shape of inputs."""
         if task is None or not task.owner.inputs.is_floating_point():

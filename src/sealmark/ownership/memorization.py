@@ -155,6 +155,7 @@ class Memorization(Watermark):
         model: nn.Module,
         task: Task | None,
         chosen: Mapping[str, Tensor],
+        rng: np.random.Generator,
     ) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Note the form of the weight tensors; for ``capacity`` that of the inputs and the classes."""
         return (_inputs(task) if self._carrier is None else self._weight_tensors(model, self._carrier)), {}

@@ -114,6 +114,7 @@ class NeuralMark(Watermark):
         model: nn.Module,
         task: Task | None,
         chosen: Mapping[str, Tensor],
+        rng: np.random.Generator,
     ) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Choose the layer and note its form."""
         layer, info = choose_host(

@@ -135,7 +135,11 @@ class Passports(PassportMark, Lock):
         return Adi(self.triggers, self.per_batch)
 
     def bind(
-        self, model: nn.Module, task: Task | None, chosen: Mapping[str, Tensor]
+        self,
+        model: nn.Module,
+        task: Task | None,
+        chosen: Mapping[str, Tensor],
+        rng: np.random.Generator,
     ) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """See `PassportMark.bind`; V3 also notes what triggers must look like.
 
@@ -150,13 +154,13 @@ class Passports(PassportMark, Lock):
                 found=shared,
                 advice="use passport_normalization, which keeps some for each branch",
             )
-        host, tensors = super().bind(model, task, chosen)
-        return (host | self._backdoor.bind(model, task, {})[0] if self.version == "V3" else host), tensors
+        host, tensors = super().bind(model, task, chosen, rng)
+        return (host | self._backdoor.bind(model, task, {}, rng)[0] if self.version == "V3" else host), tensors
 
     def derive(self, secret: Secret) -> dict[str, Tensor]:
-        """See `PassportMark.derive`; V3 adds ``images``, the triggers."""
+        """See `PassportMark.derive`; V3 adds ``inputs``, the triggers."""
         derived = super().derive(secret)
-        return derived | {"images": self._backdoor.triggers_of(secret).inputs} if self.version == "V3" else derived
+        return derived | {"inputs": self._backdoor.trigger_set(secret).inputs} if self.version == "V3" else derived
 
     def embedding(self, model: nn.Module, secret: Secret, task: Task | None, rng: np.random.Generator) -> Embedding:
         """V1 rebuilds the norms while it trains, V2 and V3 run the private branch beside the public one."""

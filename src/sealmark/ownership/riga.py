@@ -109,6 +109,7 @@ class Riga(Watermark):
         model: nn.Module,
         task: Task | None,
         chosen: Mapping[str, Tensor],
+        rng: np.random.Generator,
     ) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Choose the layer and note its form."""
         layer, info = choose_host(model, self.layer, room=filter_length, need=self.bits)

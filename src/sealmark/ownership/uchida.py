@@ -120,6 +120,7 @@ class Uchida(Watermark):
         model: nn.Module,
         task: Task | None,
         chosen: Mapping[str, Tensor],
+        rng: np.random.Generator,
     ) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Choose the layer and note its form."""
         layer, info = choose_host(
@@ -163,7 +164,7 @@ class Uchida(Watermark):
             )
         return super().embedding(model, secret, task, rng)
 
-    def lesson(self, model: nn.Module, task: Task) -> Task:
+    def lesson(self, model: nn.Module, secret: Secret, task: Task) -> Task:
         """See `Watermark.lesson`: the model's own answers are the targets where it distills."""
         return distilled(task, model) if self.distill else task
 

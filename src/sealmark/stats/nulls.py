@@ -42,6 +42,8 @@ class Binomial(Null):
         p: probability that one matches: 1/2 for bits, 1/K for labels of K classes.
         two_sided: also count n - k matches as k. It costs one bit and defeats a thief who inverts the
             mark; for p = 1/2 alone.
+        bound: ``p`` is the largest chance that any suspect can have: 1/(K-1) for a label drawn from the K - 1
+            classes that are wrong, which a suspect that answers right never gives.
 
     Raises:
         ParameterError: n < 1, p not in (0, 1), or two-sided with another p.
@@ -54,14 +56,20 @@ class Binomial(Null):
     n: int
     p: float
     two_sided: bool = False
-    basis = Basis.EXACT
+    bound: bool = False
+
+    @property
+    def basis(self) -> Basis:  # type: ignore[override]
+        """Exact; a bound where ``p`` is one."""
+        return Basis.BOUND if self.bound else Basis.EXACT
 
     def __post_init__(self) -> None:
         if self.n < 1 or not 0 < self.p < 1 or (self.two_sided and self.p != 0.5):
             raise ParameterError("bad binomial null", expected="n >= 1, 0 < p < 1", found=(self.n, self.p))
 
     def __str__(self) -> str:
-        return f"Bin({self.n}, {self.p:.4g}){', two-sided' if self.two_sided else ''}"
+        law = f"Bin({self.n}, {self.p:.4g}){', two-sided' if self.two_sided else ''}"
+        return f"at most {law}" if self.bound else law
 
     def log_p(self, statistic: float) -> float:
         """Log P(M >= statistic); two-sided: log P(max(M, n - M) >= max(statistic, n - statistic))."""

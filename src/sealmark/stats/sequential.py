@@ -9,7 +9,7 @@ import numpy as np
 from scipy.special import logsumexp
 
 from sealmark.core.errors import ParameterError
-from sealmark.core.evidence import check_alpha
+from sealmark.core.evidence import Basis, Null, check_alpha
 
 
 @dataclass
@@ -62,9 +62,20 @@ class EProcess:
         return float(logsumexp(ratios) - math.log(self.points))
 
     @property
+    def log_p(self) -> float:
+        """Natural logarithm of a p-value that is valid at any stopping time: 1 / (the largest e-value so far)."""
+        return -self._peak
+
+    @property
     def p_value(self) -> float:
-        """Valid at any stopping time: 1 / (the largest e-value so far)."""
+        """See `log_p`."""
         return math.exp(-self._peak)
+
+    def best_after(self, more: int) -> float:
+        """`log_p` if each of ``more`` further answers were a match: to stop when nothing can be won."""
+        ahead = EProcess(self.p0, self.points)
+        ahead.queries, ahead.matches, ahead._peak = self.queries + more, self.matches + more, self._peak
+        return min(-self._peak, -ahead.log_e)
 
     def reached(self, alpha: float) -> bool:
         """Whether the evidence suffices at level ``alpha``.
@@ -74,3 +85,41 @@ class EProcess:
         """
         check_alpha(alpha)
         return self._peak >= -math.log(alpha)
+
+
+@dataclass(frozen=True)
+class Stopped(Null):
+    """The law of an `EProcess` that was stopped at will; the statistic is ``-log_p``.
+
+    Args:
+        p0: chance of a match under the null.
+        queries: how many were asked.
+        reach: how many could have been: more than ``queries`` where asking ended because it was of no use.
+        bound: ``p0`` is the largest chance that any suspect can have, see `Binomial`.
+
+    Example:
+        >>> Stopped(0.1, 7, 30).log_p(14.0), str(Stopped(0.1, 7, 30))
+        (-14.0, 'an e-process of 7 answers at 0.1')
+    """
+
+    p0: float
+    queries: int
+    reach: int
+    bound: bool = False
+
+    @property
+    def basis(self) -> Basis:  # type: ignore[override]
+        """Exact; a bound where ``p0`` is one."""
+        return Basis.BOUND if self.bound else Basis.EXACT
+
+    def __str__(self) -> str:
+        return f"an e-process of {self.queries} answers at {self.p0:.4g}"
+
+    def log_p(self, statistic: float) -> float:
+        """Ville's inequality."""
+        return min(0.0, -statistic)
+
+    @property
+    def floor(self) -> float:
+        """That of ``reach`` answers which all match."""
+        return EProcess(self.p0).best_after(self.reach)

@@ -95,7 +95,7 @@ class Overwrite(Modification):
             raise UnsupportedError("only a watermark overwrites", expected="a watermark", found=self.scheme)
         task = dataclasses.replace(resources.task, owner=resources.rows)
         secret = scheme.keygen(model, task, rng=rng)
-        task = scheme.lesson(model, task)
+        task = scheme.lesson(model, secret, task)
         run = scheme.embedding(model.requires_grad_(True), secret, task, rng)
         report = train(
             model,
