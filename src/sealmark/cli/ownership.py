@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,12 +14,16 @@ from sealmark.cli.kinds import of_kind, suspect_of
 from sealmark.cli.options import Architecture, Settings, Training, command
 from sealmark.cli.output import Output, epoch_progress, facts, note, p_text
 from sealmark.cli.staging import Force, check_free, staged, write_out
+from sealmark.cli.suspects import Remote, about, record_of
 from sealmark.core.errors import ParameterError, UnsupportedError
 
 if TYPE_CHECKING:
     from sealmark.core.evidence import Evidence
+    from sealmark.core.ownership import Verifiable
     from sealmark.core.scheme import Scheme
     from sealmark.core.secret import Secret
+    from sealmark.core.task import Task
+    from sealmark.runtime.endpoint import Endpoint
     from sealmark.vault import Vault
 
 Alpha = Annotated[float, typer.Option(help="Largest accepted chance of a false claim.")]
@@ -129,16 +134,75 @@ def embed(
     output.product(document, facts({"marked model": out, "accuracy": f"{score:.4f}", **lines}))
 
 
-@command
-def verify(
-    suspect: Annotated[Path, typer.Argument(help="A safetensors file or a folder of shards.")],
-    alpha: Alpha = 1e-6,
+@dataclass(frozen=True)
+class Law:
+    """By which law, and how sure."""
+
+    alpha: Alpha = 1e-6
     tries: Annotated[
         float, typer.Option(help="How many keys, models or seeds were tried; 1.8e19 allows for grinding.")
-    ] = 1,
+    ] = 1
     commitment: Annotated[
         str | None,
         typer.Option(metavar="HEX", help="As published before release; another secret is refused."),
+    ] = None
+    sequential: Annotated[
+        bool | None,
+        typer.Option(
+            "--sequential/--all-at-once",
+            help="Stop asking as soon as the verdict is sure; for trigger sets, and the default with --endpoint.",
+        ),
+    ] = None
+    reference: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="FILE", help="A model of the judge's own, to learn the law from; repeat for more. See --task."
+        ),
+    ] = None
+
+    def applied(
+        self,
+        scheme: Verifiable,
+        secret: Secret,
+        network: Architecture,
+        *,
+        task: Task | None,
+        device: str,
+        remote: bool,
+    ) -> dict[str, Any]:
+        """Keyword arguments of `Verifiable.verify`; what the judge's own models say is learned here.
+
+        Args:
+            scheme: of the secret.
+            secret: to verify with.
+            network: of the judge's models.
+            task: of the network, where one was named.
+            device: where they run.
+            remote: whether queries cost money, so that asking stops early where it can.
+
+        Raises:
+            AccessError: the scheme must run the judge's models and nobody said which network they are.
+            ArtifactError: a file is bad, or of another network.
+        """
+        from sealmark.blackbox.triggers import TriggerMark
+        from sealmark.stats.populations import population_of
+
+        files = self.reference or []
+        models = (suspect_of(scheme.access, path, network, task=task, device=device) for path in files)
+        in_turn = remote and not files and isinstance(scheme, TriggerMark)
+        return {
+            "alpha": self.alpha,
+            "tries": self.tries,
+            "commitment": self.commitment,
+            "population": population_of(scheme, secret, models) if files else None,
+            "sequential": in_turn if self.sequential is None else self.sequential,
+        }
+
+
+@command
+def verify(
+    suspect: Annotated[
+        Path | None, typer.Argument(help="A safetensors file or a folder of shards; or see --endpoint.")
     ] = None,
     original: Annotated[
         Path | None,
@@ -150,6 +214,8 @@ def verify(
     device: Device = "cpu",
     force: Force = False,
     *,
+    law: Law,
+    remote: Remote,
     choice: SecretChoice,
     network: Architecture,
     where: Where,
@@ -157,11 +223,14 @@ def verify(
 ) -> None:
     """Is this suspect mine? Exit code 0 for a match, 1 for none.
 
-    --task or --model is needed for schemes that ask the suspect questions, and with --original; weights
-    are read without.
+    --task or --model is needed for schemes that ask a file questions, and with --original or --reference;
+    weights are read without.
     """
+    remote.check(suspect, force=force)
     if evidence_out is not None:
         check_free(evidence_out, force=force)
+    if original is not None and (suspect is None or law.reference):
+        raise ParameterError("--original aligns one file", expected="no --endpoint and no --reference")
     from sealmark.core import registry
     from sealmark.core.ownership import Verifiable
     from sealmark.core.suspect import Access
@@ -172,15 +241,20 @@ def verify(
         scheme = of_kind(registry.scheme_of(secret), Verifiable, "verify", "ownership")
         task = network.load_task()
         mine = None if original is None else network.load(task, original, device=device)
-        access = scheme.access if mine is None else Access.WEIGHTS
-        seen = suspect_of(access, suspect, network, task=task, device=device)
-        evidence = scheme.verify(seen, secret, alpha=alpha, tries=tries, commitment=commitment, original=mine)
-        finish(evidence, suspect, vault, evidence_out, output, force=force)
+        law_of = law.applied(scheme, secret, network, task=task, device=device, remote=suspect is None)
+        if suspect is None:
+            with remote.open(scheme, secret, task) as asked:
+                evidence = about(scheme.verify(asked, secret, **law_of), asked)
+        else:
+            access = scheme.access if mine is None else Access.WEIGHTS
+            seen = suspect_of(access, suspect, network, task=task, device=device)
+            evidence = scheme.verify(seen, secret, original=mine, **law_of)
+        finish(evidence, suspect or asked, vault, evidence_out, output, force=force)
 
 
 def finish(
     evidence: Evidence,
-    suspect: Path,
+    suspect: Path | Endpoint,
     vault: Vault | None,
     evidence_out: Path | None,
     output: Output,
@@ -188,32 +262,31 @@ def finish(
     force: bool,
     meaning: str = "",
 ) -> None:
-    """Sign, keep and print a verdict about a file, and exit with its code; ``meaning`` is for people."""
+    """Sign, keep and print a verdict, and exit with its code; ``meaning`` is for people."""
     from sealmark.core.evidence import Verdict
-    from sealmark.core.weights import weights_of
-    from sealmark.formats.evidence import SuspectRecord
 
     number = ""
     if vault is None:
         warn_unsigned()
     else:
-        record = SuspectRecord(weights_of(suspect).digest(), suspect.name)
-        data, number = keep_evidence(vault, evidence, record, subject=suspect.name)
+        record = record_of(suspect)
+        data, number = keep_evidence(vault, evidence, record, subject=record.description)
         if evidence_out is not None:
             write_out(evidence_out, data, force=force)
     details = {name: _figure(value) for name, value in evidence.details.items()}
+    saved = details.pop("queries_saved", None)
     lines = {
         "verdict": f"{evidence.verdict.value}{meaning}",
         "p-value": f"{p_text(evidence.log10_p)} (alpha {evidence.alpha:g}, {evidence.tries:g} tried)",
         "scheme": evidence.scheme,
         "statistic": f"{evidence.statistic:.6g} against {evidence.null}, {evidence.basis.value}",
-        "queries": evidence.queries,
+        "queries": evidence.queries if saved is None else f"{evidence.queries}, {saved} saved",
         **details,
         "evidence": f"{number[:16]} in the vault" if number else "not signed",
     }
     output.product({**evidence.as_dict(), "evidence": number}, facts(lines))
     if evidence.verdict is Verdict.INCONCLUSIVE:
-        note("Inconclusive: this secret is too small to ever reach alpha. Ask for a larger --alpha.")
+        note("Inconclusive: this can never reach alpha. Ask for a larger --alpha, or more: queries, models, bits.")
     if evidence.verdict is not Verdict.MATCH:
         raise typer.Exit(1)
 

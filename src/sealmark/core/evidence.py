@@ -105,7 +105,7 @@ class Evidence:
         basis: why that law holds.
         scheme: the scheme's public name.
         commitment: of the secret that was used.
-        queries: how many inputs the suspect answered for this verdict.
+        queries: how many inputs the suspect was sent for this verdict.
         details: further figures of the scheme.
     """
 

@@ -46,7 +46,7 @@ class Suspect(ABC):
 
     Attributes:
         access: what it grants.
-        queries: how many inputs it has answered so far.
+        queries: how many inputs it has been sent so far.
         budget: how many it may answer; None for no limit.
     """
 

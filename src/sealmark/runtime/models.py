@@ -38,7 +38,7 @@ def build_model(reference: str, *, rng: np.random.Generator) -> nn.Module:
         >>> build_model("torch.nn:Flatten", rng=np.random.default_rng(0))
         Flatten(start_dim=1, end_dim=-1)
     """
-    factory = _factory(reference)
+    factory = imported(reference)
     try:
         inspect.signature(factory).bind()
     except (TypeError, ValueError) as error:
@@ -97,10 +97,16 @@ def load_weights(model: nn.Module, source: Weights | Path | str, *, resize: bool
             state[name].copy_(weights[name])
 
 
-def _factory(reference: str) -> Callable[[], Any]:
+def imported(reference: str) -> Callable[[], Any]:
+    """The function or class that ``package.module:name`` names; importing runs the module's code.
+
+    Raises:
+        ParameterError: not of this form.
+        UnknownNameError: no such module, or no such name in it.
+    """
     module_name, colon, name = reference.partition(":")
     if not (module_name and colon and name):
-        raise ParameterError("bad reference to a model", expected="package.module:factory", found=repr(reference))
+        raise ParameterError("bad reference", expected="package.module:factory", found=repr(reference))
     try:
         with _current_folder():
             module = importlib.import_module(module_name)
