@@ -249,3 +249,13 @@ def test_a_secret_needs_no_torch_until_it_has_tensors() -> None:
         "s = Secret(bytes(32), {}); s.check(s.commitment); sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_what_was_committed_cannot_be_learned_again():
+    committed = torch.arange(3)
+    secret = Secret(
+        bytes(32), {"scheme": "x", "tensors": {"inputs": tensor_digest(committed)}}, {"inputs": committed}
+    )
+    secret.check()
+    with pytest.raises(ForgedSecretError, match="learned again"):
+        secret.with_learned({"inputs": committed + 1}).check()

@@ -177,7 +177,7 @@ def choose(values: NDArray[Any], bits: int, distinct: int) -> tuple[NDArray[np.i
     active = columns[apart.any(axis=0) & (share >= _ACTIVE[0]) & (share <= _ACTIVE[1])]
     active = active[np.argsort(near[active], kind="stable")]
     found = 0.0
-    for width in range(min(bits, len(active)), len(active) + 1):
+    for width in range(max(1, min(bits, len(active))), len(active) + 1):
         chosen = active[:width]
         strings = np.packbits(values[:, chosen] > cuts[chosen], axis=1)
         found = len({row.tobytes() for row in strings}) / max(1, distinct)

@@ -190,8 +190,9 @@ class TriggerMark(Watermark):
             yield count - place - 1, triggers.take(trials == int(trial))
 
     def _held(self, secret: Secret) -> bool:
-        """Whether inputs were committed as such; those that a forger brings along are not."""
-        return "inputs" in secret.facts.get("tensors", {})
+        """Whether inputs were committed as such, where the scheme allows it; a forger may bring some along."""
+        allowed = "inputs" in self.choices or type(self).draw is TriggerMark.draw
+        return allowed and "inputs" in secret.facts.get("tensors", {})
 
     def _chance(self, secret: Secret) -> tuple[float, bool]:
         options = self.options(secret)

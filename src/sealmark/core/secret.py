@@ -139,6 +139,8 @@ class Secret:
         for part in (self.facts.get("tensors", {}), self.facts.get("learned", {})):
             if not isinstance(part, dict) or not all(isinstance(value, str) for value in part.values()):
                 raise ForgedSecretError("the secret's facts are malformed", expected="digests of tensors")
+            if claimed.keys() & part.keys():  # else what streams depend on could be exchanged afterwards
+                raise ForgedSecretError("a committed tensor was learned again", found=sorted(claimed.keys() & part))
             claimed |= part
         found = {name: tensor_digest(tensor) for name, tensor in self.tensors.items()}
         if claimed != found:

@@ -12,10 +12,11 @@ import numpy as np
 from sealmark.core import registry
 from sealmark.core.attack import Forgery, ForgeryResult, Resources
 from sealmark.core.errors import ForgedSecretError, UnsupportedError
-from sealmark.core.evidence import DEFAULT_ALPHA
-from sealmark.core.ownership import Verifiable
+from sealmark.core.evidence import DEFAULT_ALPHA, Verdict
+from sealmark.core.ownership import Fingerprint, Verifiable
 from sealmark.core.suspect import WhiteBox
 from sealmark.core.weights import ModelWeights
+from sealmark.stats.populations import population_of
 from sealmark.testing.bench import Bench
 from sealmark.testing.general import refuses
 
@@ -28,13 +29,22 @@ def check_card_is_data(attack: Forgery, bench: Bench) -> None:
 
 
 def check_forgery_fits_and_is_refused(attack: Forgery, bench: Bench) -> None:
-    """The forged secret fits a model that never had a mark, and `verify` refuses it for not re-deriving."""
+    """The forged secret fits a model that never had a mark, and `verify` refuses it for not re-deriving.
+
+    A fingerprint has nothing to re-derive: there a judge's own models refuse, which answer the points alike.
+    """
     found = 0
     for scheme in _victims(attack):
-        forged = _forge(attack, scheme, bench).secret
-        score = scheme.score(WhiteBox(bench.plain), forged)
-        assert score.null.log_p(score.statistic) <= math.log(DEFAULT_ALPHA), f"{scheme}: the forgery does not fit"
-        assert refuses(ForgedSecretError, partial(scheme.verify, WhiteBox(bench.plain), forged)), scheme
+        forged, suspect = _forge(attack, scheme, bench).secret, WhiteBox(bench.plain)
+        score = scheme.score(suspect, forged)
+        fits = max(math.log(DEFAULT_ALPHA), score.null.floor + 1e-9)
+        assert score.null.log_p(score.statistic) <= fits, f"{scheme}: the forgery does not fit"
+        if isinstance(scheme, Fingerprint):
+            law = population_of(scheme, forged, map(WhiteBox, bench.references))
+            evidence = scheme.verify(suspect, forged, population=law, alpha=1.001 * math.exp(law.floor))
+            assert evidence.verdict is Verdict.NO_MATCH, evidence
+        else:
+            assert refuses(ForgedSecretError, partial(scheme.verify, suspect, forged)), scheme
         found += 1
     assert found, "the attack fits no scheme"
 

@@ -15,7 +15,7 @@ from torch import nn
 
 from sealmark.core.errors import AccessError, ForgedSecretError
 from sealmark.core.evidence import DEFAULT_ALPHA, Verdict
-from sealmark.core.ownership import Verifiable
+from sealmark.core.ownership import Verifiable, Watermark
 from sealmark.core.secret import Secret
 from sealmark.core.suspect import BlackBox, Suspect, WeightFile, WhiteBox
 from sealmark.core.weights import ModelWeights, save_model
@@ -96,9 +96,15 @@ def check_suspect_is_untouched(scheme: Verifiable, bench: Bench) -> None:
 
 
 def check_forged_parts_are_refused(scheme: Verifiable, bench: Bench) -> None:
-    """A secret that carries a part of its own instead of the derived one is refused."""
+    """A secret that carries a part of its own instead of the derived one is refused.
+
+    What an owner may choose himself is committed before anything else is drawn, and is no forgery.
+    """
     model, secret = bench.protect(scheme)
+    chosen = scheme.choices if isinstance(scheme, Watermark) else frozenset()
     for name, derived in scheme.derive(secret).items():
+        if name in chosen:
+            continue
         carried = scheme.new_secret(
             ModelWeights(bench.plain), host=secret.host, tensors={**secret.tensors, name: derived * 0 - 1}
         )
