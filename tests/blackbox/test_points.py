@@ -101,3 +101,10 @@ def test_beta_binomial_is_wider_than_a_binomial_and_wants_a_population():
     for bad in ([5], [5, 101], [-1, 4]):
         with pytest.raises(ParameterError):
             beta_binomial_log_p(5, 100, bad)
+    with pytest.raises(ParameterError):
+        beta_binomial_log_p(101, 100, counts)
+
+
+def test_extrapolation_is_finite_however_far_out():
+    assert -1000 < beta_binomial_log_p(50, 50, [3, 4, 3, 4]) < -20
+    assert -1000 < beta_binomial_log_p(50, 50, [4, 4, 4, 4]) < -20

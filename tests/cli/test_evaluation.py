@@ -35,6 +35,12 @@ def test_attack_takes_several_copies(sealmark, desk):
     assert "2 copies" in text
 
 
+def test_attack_that_acts_at_serving_time_has_nothing_to_write(sealmark, desk):
+    result = sealmark(f"attack preprocess {PLAIN} --task digits --out filtered.safetensors", code=2)
+    assert "while a model is served" in result.stderr
+    assert not Path("filtered.safetensors").exists()
+
+
 def test_attack_with_a_share_of_the_data_and_a_seed_is_repeatable(sealmark, desk):
     for out in ("a", "b"):
         line = f"attack fine_tune {PLAIN} --task digits --share 0.1 --seed 3 --set epochs=1 --out {out}.safetensors"

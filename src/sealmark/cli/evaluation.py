@@ -14,7 +14,7 @@ from sealmark.cli.options import Architecture, Settings, Training, command
 from sealmark.cli.output import Output, console, facts
 from sealmark.cli.staging import Force, check_free, staged
 from sealmark.cli.vaults import find_document
-from sealmark.core.errors import FormatError, ParameterError
+from sealmark.core.errors import FormatError, ParameterError, UnsupportedError
 
 if TYPE_CHECKING:
     from sealmark.core.attack import Cost, Modification
@@ -54,6 +54,12 @@ def attack(
         training.rng(),
         pick_device(training.device),
     )
+    if made.card.level == 2:
+        raise UnsupportedError(
+            f"{made.name} acts while a model is served, and leaves nothing to write",
+            expected="an attack on weights or by queries",
+            advice="use it from Python: sealmark.attack(...).run(model, ...)",
+        )
     known = registry.task(task)
     resources = Resources.of(known, share, device=device)
     network = Architecture(task=task)
@@ -129,7 +135,7 @@ def _tell(made: Modification, out: Path, cost: Cost, figures: dict[str, float], 
         "from scratch": f"{figures['scratch']:.4f}",
         "attacker's gain": "undefined" if gain is None else f"{gain:.3f}",
         "cost": f"{cost.copies} copies, {cost.rows} rows, {cost.rows_seen} rows seen, "
-        f"{cost.cpu_seconds:.1f} s of processor time",
+        f"{cost.queries} queries, {cost.cpu_seconds:.1f} s of processor time",
     }
     head = {"attack": made.name, "parameters": made.parameters, "out": str(out)}
     output.product({**head, **figures, "gain": gain, "cost": asdict(cost)}, facts(lines))

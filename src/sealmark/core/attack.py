@@ -6,8 +6,8 @@ import copy
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, ClassVar, final
+from dataclasses import asdict, dataclass, replace
+from typing import Any, ClassVar, Literal, final
 
 import numpy as np
 import torch
@@ -17,7 +17,11 @@ from sealmark.core.card import AttackCard
 from sealmark.core.errors import ParameterError, UnsupportedError
 from sealmark.core.ownership import Verifiable
 from sealmark.core.secret import Secret
-from sealmark.core.task import Batch, Task
+from sealmark.core.suspect import BlackBox, Suspect, WhiteBox
+from sealmark.core.task import Batch, Recipe, Task
+from sealmark.core.training import train_task
+
+Answers = Literal["label", "probabilities"]
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,7 @@ class Cost:
         rows: rows of data that the attacker had to have.
         rows_seen: rows that went through training, with repetition.
         copies: models that he had to get hold of.
+        queries: inputs that the stolen model answered, where answers are all that he has of it.
     """
 
     cpu_seconds: float
@@ -63,6 +68,7 @@ class Cost:
     rows: int
     rows_seen: int
     copies: int
+    queries: int = 0
 
 
 @dataclass(frozen=True)
@@ -143,9 +149,78 @@ class Modification(Attack):
         self._refuse_without_data(resources)
         copies = [copy.deepcopy(model).to(resources.device) for model in models]
         clock = _Clock()
-        model, rows_seen = self.modify(copies, resources, rng)
+        model, rows_seen, queries = self._surrogate(copies, resources, rng)
         rows = resources.rows.rows if self.card.needs_data else 0
-        return AttackResult(model, clock.cost(rows, rows_seen, len(models)))
+        return AttackResult(model, clock.cost(rows, rows_seen, len(models), queries))
+
+    def _surrogate(
+        self, copies: list[nn.Module], resources: Resources, rng: np.random.Generator
+    ) -> tuple[nn.Module, int, int]:
+        """What `modify` gives, and how many queries it took."""
+        return *self.modify(copies, resources, rng), 0
+
+
+@dataclass(frozen=True)
+class Extraction(Modification):
+    """An attack that has a model's answers alone and trains a surrogate on them; a subclass writes `extract`.
+
+    It never sees the model: `run` puts it behind a `BlackBox`, which counts the queries.
+
+    Args:
+        epochs: passes over the rows that were answered.
+        rate: learning rate; 0 takes the task's own.
+
+    Raises:
+        ParameterError: no epochs, or a negative rate.
+    """
+
+    epochs: int = 40
+    rate: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.epochs < 1 or not self.rate >= 0:
+            raise ParameterError(
+                f"bad parameters of {self.name}",
+                expected="epochs >= 1, rate >= 0",
+                found=(self.epochs, self.rate),
+            )
+
+    @property
+    def returns(self) -> Answers:
+        """What the service that `run` sets up answers."""
+        return "probabilities"
+
+    @abstractmethod
+    def extract(self, suspect: Suspect, resources: Resources, rng: np.random.Generator) -> tuple[nn.Module, int]:
+        """The surrogate, and how many rows went through training; ``suspect`` may be anybody's service."""
+
+    def recipe(self, task: Task) -> Recipe:
+        """The task's own, with this attack's epochs and rate."""
+        return replace(task.recipe, epochs=self.epochs, rate=self.rate or task.recipe.rate)
+
+    @final
+    def modify(
+        self, copies: list[nn.Module], resources: Resources, rng: np.random.Generator
+    ) -> tuple[nn.Module, int]:
+        """See `Modification.modify`."""
+        return self._surrogate(copies, resources, rng)[:2]
+
+    def scratch(self, resources: Resources, rng: np.random.Generator) -> nn.Module:
+        """A fresh model, trained by the same recipe on the attacker's rows with their true labels."""
+        recipe = self.recipe(resources.task)
+        return train_task(
+            resources.task, rng=rng, rows=resources.rows, recipe=recipe, device=resources.device
+        ).eval()
+
+    @final
+    def _surrogate(
+        self, copies: list[nn.Module], resources: Resources, rng: np.random.Generator
+    ) -> tuple[nn.Module, int, int]:
+        stolen = WhiteBox(copies[0])
+        predict = stolen.labels if self.returns == "label" else stolen.probabilities
+        suspect = BlackBox(predict, returns=self.returns)
+        model, rows_seen = self.extract(suspect, resources, rng)
+        return model, rows_seen, suspect.queries
 
 
 class Forgery(Attack):
@@ -181,11 +256,12 @@ class _Clock:
     def __init__(self) -> None:
         self._wall, self._cpu = time.perf_counter(), time.process_time()
 
-    def cost(self, rows: int, rows_seen: int, copies: int) -> Cost:
+    def cost(self, rows: int, rows_seen: int, copies: int, queries: int = 0) -> Cost:
         return Cost(
             cpu_seconds=time.process_time() - self._cpu,
             wall_seconds=time.perf_counter() - self._wall,
             rows=rows,
             rows_seen=rows_seen,
             copies=copies,
+            queries=queries,
         )

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 from scipy.optimize import minimize
+from scipy.special import logsumexp
 from scipy.stats import betabinom
 
 from sealmark.core.errors import ParameterError
@@ -57,9 +58,10 @@ def beta_binomial_log_p(matches: int, n: int, population: Sequence[int]) -> floa
         >>> round(math.exp(beta_binomial_log_p(28, 100, [4, 16, 9, 7, 20, 12, 3, 9])), 3)
         0.006
     """
-    counts = np.asarray(population, np.int64)
-    if len(counts) < 2 or counts.min() < 0 or counts.max() > n:
+    counts = np.asarray([*population, matches], np.int64)
+    if len(counts) < 3 or counts.min() < 0 or counts.max() > n:
         raise ParameterError("bad population", expected=f"two counts or more in 0 .. {n}", found=list(population))
+    counts = counts[:-1]
     mean = float(np.clip(counts.mean() / n, 0.5 / n, 1 - 0.5 / n))
 
     def cost(logs: np.ndarray) -> float:
@@ -70,4 +72,5 @@ def beta_binomial_log_p(matches: int, n: int, population: Sequence[int]) -> floa
         cost, np.log([10 * mean, 10 * (1 - mean)]), method="Nelder-Mead", options={"xatol": 1e-6, "fatol": 1e-8}
     )
     a, b = np.exp(np.clip(fit.x, -20, 20))
-    return min(0.0, float(betabinom.logsf(matches - 1, n, a, b)))
+    tail = betabinom.logpmf(np.arange(matches, n + 1), n, a, b)  # logsf rounds small tails away
+    return min(0.0, float(logsumexp(tail)))

@@ -6,10 +6,11 @@ import json
 import math
 
 import numpy as np
+import torch
 from torch import nn
 
 from sealmark.core import registry
-from sealmark.core.attack import Modification, Resources
+from sealmark.core.attack import Extraction, Modification, Resources
 from sealmark.core.errors import ModelMismatchError, ParameterError
 from sealmark.core.evidence import Verdict
 from sealmark.core.ownership import Watermark
@@ -37,6 +38,17 @@ def check_target_is_untouched(attack: Modification, bench: Bench) -> None:
     assert (after != form) == attack.card.changes_form
 
 
+def check_evasion_leaves_the_weights_and_changes_the_answers(attack: Modification, bench: Bench) -> None:
+    """An attack of level 2 serves the very model that it got, and answers otherwise all the same."""
+    if attack.card.level == 2:
+        target = _targets(attack, bench)[0]
+        served = attack.run(target, _resources(attack, bench), rng=np.random.default_rng(0)).model
+        inside = [ModelWeights(part).digest() for part in served.modules()]
+        assert ModelWeights(target).digest() in inside, "the stolen weights are not in the surrogate"
+        before, after = (WhiteBox(model).probabilities(bench.judges.inputs) for model in (target, served))
+        assert not torch.equal(before, after), "it answers as before"
+
+
 def check_same_randomness_gives_the_same_surrogate(attack: Modification, bench: Bench) -> None:
     """An attack follows from its generator."""
     models, resources = _targets(attack, bench), _resources(attack, bench)
@@ -50,6 +62,7 @@ def check_cost_is_told(attack: Modification, bench: Bench) -> None:
     assert result.cost.wall_seconds > 0
     assert result.cost.copies >= attack.card.copies
     assert (result.cost.rows > 0) == attack.card.needs_data
+    assert (result.cost.queries > 0) == isinstance(attack, Extraction)
     assert math.isfinite(bench.accuracy(result.model))
 
 

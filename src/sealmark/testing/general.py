@@ -10,6 +10,8 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+from torch import nn
+
 from sealmark.core import registry
 from sealmark.core.errors import ForgedSecretError, ParameterError, SealmarkError
 from sealmark.core.lock import Lock
@@ -66,7 +68,7 @@ def check_secret_follows_from_the_seed(scheme: Scheme, bench: Bench) -> None:
     What refuses a wrong key is encrypted with a salt of its own each time, and opens to the same model.
     """
     model, secret = bench.protect(scheme)
-    again, same = Bench.protect(_like(bench), scheme)
+    again, same, *_ = _again(bench, scheme)
     assert same == secret
     if isinstance(scheme, Lock) and scheme.card.refuses_wrong_key and not scheme.card.needs_training:
         assert state_bytes(again) != state_bytes(model), "encrypted twice with the same salt"
@@ -77,9 +79,8 @@ def check_secret_follows_from_the_seed(scheme: Scheme, bench: Bench) -> None:
 
 def check_original_is_untouched(scheme: Scheme, bench: Bench) -> None:
     """Protecting works on a copy."""
-    before = ModelWeights(bench.plain).digest()
-    Bench.protect(_like(bench), scheme)
-    assert ModelWeights(bench.plain).digest() == before
+    *_, before, after = _again(bench, scheme)
+    assert after == before
 
 
 def check_secret_is_not_shown(scheme: Scheme, bench: Bench) -> None:
@@ -112,6 +113,17 @@ def check_forged_secret_is_refused(scheme: Scheme, bench: Bench) -> None:
     tensors = dict(secret.tensors) | {"foreign": bench.task.test.inputs[:1]}
     stuffed = Secret(secret.reveal_seed(), secret.facts, tensors)
     assert refuses(ForgedSecretError, lambda: scheme.check_secret(stuffed))
+
+
+def _again(bench: Bench, scheme: Scheme) -> tuple[nn.Module, Secret, str, str]:
+    """What protecting gives a second time, and the digest of the plain model before and after."""
+
+    def make() -> tuple[nn.Module, Secret, str, str]:
+        before = ModelWeights(bench.plain).digest()
+        made = Bench.protect(_like(bench), scheme)
+        return *made, before, ModelWeights(bench.plain).digest()
+
+    return bench.make(("again", scheme), make)
 
 
 def _like(bench: Bench) -> Bench:

@@ -1,0 +1,1 @@
+"""Leave the weights alone and change what the service answers to a verifier."""

@@ -1,0 +1,1 @@
+"""Make a model of one's own from another's answers."""
