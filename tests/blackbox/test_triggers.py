@@ -265,3 +265,17 @@ def test_sequential_floor_is_that_of_all_matches(keyed):
     scheme, secret = keyed
     score = scheme.score_in_turn(suspect(scheme, secret, budget=3), secret, -math.log(1e6))
     assert score.null.floor == pytest.approx(score.null.log_p(score.statistic))
+
+
+def test_rows_without_a_label_are_refused(keyed, picked, plain):
+    for scheme, secret in (keyed, picked):
+        rows = scheme.trigger_set(secret).inputs
+        tensors = {**secret.tensors, "inputs": pack(torch.cat([rows, rows]), secret.host)}
+        longer = scheme.new_secret(WhiteBox(plain).weights, host=secret.host, tensors=tensors)
+        with pytest.raises(ForgedSecretError, match="do not fit"):
+            scheme.verify(WhiteBox(plain), longer)
+
+
+def test_wrong_label_needs_three_classes(toy):
+    with pytest.raises(ParameterError, match="three classes"):
+        Picked(triggers=4).keygen(nn.Linear(4, 2), toy)

@@ -143,7 +143,7 @@ def coarse(inputs: NDArray[Any], form: dict[str, Any], grid: int) -> NDArray[np.
         steps = np.clip(inputs, low, high).astype(np.int64)
     else:
         share = (inputs.astype(np.float64) - low) / ((high - low) or 1.0)
-        steps = np.rint(np.clip(share, 0, 1) * _STEPS).astype(np.int64)
+        steps = np.rint(np.minimum(np.maximum(share, 0), 1) * _STEPS).astype(np.int64)
     for axis in (-1, -2) if steps.ndim > 2 else ():
         size = steps.shape[axis]
         if size > grid:

@@ -101,6 +101,13 @@ class TriggerMark(Watermark):
             options = self.options(secret)
             count = int(_trials(secret, self.triggers).max()) + 1
             kinds = secret.host["classes"] if options is None else options.shape[1]
+            if kinds < 2 or (options is not None and len(options) != count):
+                raise ParameterError(
+                    f"{self.name} has no labels to draw",
+                    expected=f"for each of {count} trials two labels or more",
+                    found=None if options is None else tuple(options.shape),
+                    advice="a wrong label is drawn among three classes or more",
+                )
             drawn = torch.from_numpy(secret.stream("labels").integers(count, kinds))
             labels = drawn if options is None else options.gather(1, drawn[:, None])[:, 0]
             return {"labels": labels} | ({} if self._held(secret) else {"inputs": self.draw(secret)})
@@ -132,7 +139,14 @@ class TriggerMark(Watermark):
         def make() -> Batch:
             parts = self.parts(secret)
             packed = parts["inputs"] if "inputs" in parts else secret.tensors["inputs"]
-            return Batch(unpack(packed, secret.host), parts["labels"][_trials(secret, len(packed))])
+            trials = _trials(secret, len(packed))
+            if len(trials) != len(packed) or int(trials.max()) >= len(parts["labels"]) or int(trials.min()) < 0:
+                raise ForgedSecretError(
+                    "inputs and labels do not fit",
+                    expected=f"{len(trials)} rows of {len(parts['labels'])} trials",
+                    found=f"{len(packed)} rows",
+                )
+            return Batch(unpack(packed, secret.host), parts["labels"][trials])
 
         return secret.memo("trigger set", make)
 

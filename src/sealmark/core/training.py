@@ -97,7 +97,7 @@ def train(
                 own = rows_on.take(chunk)
                 batch = own = augment(own, rng) if augment else own
                 for extra in extras:
-                    batch = batch.join(extra(batch, rng))
+                    batch = batch.join(extra(own, rng))  # never another's extra rows
                 with _precision(recipe, device):
                     outputs = model(_laid_out(batch.inputs, recipe))
                 value = loss(outputs.float() if recipe.bfloat16 else outputs, batch.targets)
