@@ -279,3 +279,13 @@ def test_rows_without_a_label_are_refused(keyed, picked, plain):
 def test_wrong_label_needs_three_classes(toy):
     with pytest.raises(ParameterError, match="three classes"):
         Picked(triggers=4).keygen(nn.Linear(4, 2), toy)
+
+
+def test_label_that_is_offered_twice_is_no_draw(digits, plain):
+    @dataclass(frozen=True)
+    class Offered(Picked):
+        def options(self, secret):
+            return secret.tensors["natural"][:, None].repeat(1, 3)
+
+    with pytest.raises(ForgedSecretError, match="no draw"):
+        Offered(triggers=10).keygen(plain, digits, rng=np.random.default_rng(0))
