@@ -109,7 +109,9 @@ class TriggerMark(Watermark):
                     advice="a wrong label is drawn among three classes or more",
                 )
             if options is not None and bool((options.sort(1).values.diff(dim=1) == 0).any()):
-                raise ForgedSecretError("a trial has one label twice: it would be no draw", expected="distinct labels")
+                raise ForgedSecretError(
+                    "a trial has one label twice: it would be no draw", expected="distinct labels"
+                )
             drawn = torch.from_numpy(secret.stream("labels").integers(count, kinds))
             labels = drawn if options is None else options.gather(1, drawn[:, None])[:, 0]
             return {"labels": labels} | ({} if self._held(secret) else {"inputs": self.draw(secret)})

@@ -65,10 +65,10 @@ class Perinucleus(TriggerMark):
         needs_trained=True,
         reported="24,576 fingerprints in Llama-3.1-8B without loss of use (from memory, not checked against the "
         "paper)",
-        reproduced="a character model of 40,000 parameters, one seed: 31 of 32 prompts; the base model 0, an "
-        "independent one 2. The next character right in 0.437 before, 0.398 after as long a fine-tuning at the "
-        "owner's rate. After fine-tuning on other text at a fifth of that rate 28 of 32, at that rate 7. With all "
-        "tokens as candidates (width=84) 29 and 3, log10 p -52 and -2",
+        reproduced="a character model of 40,000 parameters, one seed: 30 of 32 prompts; the base and two other "
+        "models 0. The next character right in 0.416 before and 0.419 after, perplexity 11.5 and 15.9. After "
+        "fine-tuning on other text at a fifth of the owner's rate 27 of 32, at that rate 8. With all tokens as "
+        "candidates (width=84) 27 and 6, log10 p -47 and -6: fewer candidates outlast no more here, and prove less",
         broken_by=(
             "fine-tuning on enough other text",
             "sampling at a temperature, other system prompts, filters of unlikely text",

@@ -63,7 +63,7 @@ def task() -> Task:
         test=parts[2],
         classes=len(alphabet),
         chance=0.22,  # the space
-        recipe=Recipe(epochs=8, batch_size=64, rate=0.5, clip=1.0, weight_decay=0.0),
+        recipe=Recipe(epochs=4, batch_size=64, rate=0.5, clip=1.0, weight_decay=0.0),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -45,11 +46,11 @@ class FalseClaim(Forgery):
         epochs: of his models' training.
     """
 
-    models: int = 4
+    models: int = 3
     radius: float = 0.35
     steps: int = 40
     candidates: int = 4
-    epochs: int = 15
+    epochs: int = 10
 
     card = AttackCard(
         title="False claims by inputs that transfer",
@@ -85,7 +86,10 @@ class FalseClaim(Forgery):
             return self._points(scheme, mine, resources, rng)
         honest, targets = self._honest(scheme, mine[0], resources, rng)
         crafted = self.craft(mine, resources, targets, rng)
-        return honest.with_learned({"inputs": pack(crafted.inputs, honest.host)})
+        learned = {name: honest.tensors[name] for name in honest.facts.get("learned", {})}
+        exchanged = "queries" if "queries" in learned else "inputs"  # a service keeps them as they were asked
+        rows = crafted.inputs if exchanged == "queries" else pack(crafted.inputs, honest.host)
+        return honest.with_learned(learned | {exchanged: rows})
 
     def claim(self, scheme: Verifiable, resources: Resources, rng: np.random.Generator) -> Secret:
         """The best claim that `Verifiable.check_secret` accepts.
@@ -153,6 +157,7 @@ class FalseClaim(Forgery):
         """A secret made by the rules, and the label of each of its rows."""
         task, triggers = dataclasses.replace(resources.task, owner=resources.rows), cast("TriggerMark", scheme)
         secret = triggers.keygen(model, task, rng=rng)
+        secret = triggers.embedding(copy.deepcopy(model), secret, task, rng).secret  # where answers are registered
         return secret, triggers.trigger_set(secret).targets
 
     def _points(
