@@ -145,7 +145,7 @@ class Dawn(TriggerMark):
         return secret.memo("derived", lambda: {"labels": self._labels(secret)})
 
     def check_secret(self, secret: Secret, commitment: str | None = None) -> None:
-        """Refuse also registered queries that are not the ones whose answers were falsified.
+        """Refuse also registered queries that the mapping tells from those whose answers were falsified.
 
         Else a forger would exchange them for inputs that every model answers as the labels say. A mapping that
         reads a layer cannot be checked without the model, and rests on the commitment alone.
@@ -154,10 +154,7 @@ class Dawn(TriggerMark):
         if "queries" not in secret.tensors or self.layer:
             return
         key = AnswerKey(secret)
-        clients, mapped = _records(secret)
-        bits = key.bits(key.read(list(secret.tensors["queries"].numpy())))
-        fit = (b == m and key.selects(c, b) for b, m, c in zip(bits, mapped, clients, strict=False))
-        if len(bits) != len(mapped) or not all(fit):
+        if key.bits(key.read(list(secret.tensors["queries"].numpy()))) != _records(secret)[1]:
             raise ForgedSecretError("a registered query is another than was answered")
 
     def trigger_set(self, secret: Secret) -> Batch:
