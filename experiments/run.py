@@ -207,8 +207,8 @@ ResNet-9 of width 16, 45,000 rows (JPEG at quality 75, so a little under the ori
 precision on one thread; one seed, so that differences of half a point say little. The papers train larger nets for
 200 epochs: their accuracies stand beside ours and are not to be reached. Cells: accuracy; BER or match rate, log10
 p.
-Fine-tuned: 5 epochs at 0.01 on 5,000 other rows. Knockoff: a fresh network, 12 to 20 epochs on the answers to those rows
-and 400 blends of them. Where a mark goes into a trained model, plain is that model trained on as long without it.
+Fine-tuned: 5 epochs at 0.01 on 5,000 other rows. Knockoff: a fresh network, 12 or 20 epochs on the answers to those
+and to 400 blends. Where a mark goes into a trained model, plain is that model trained on as long without it.
 Each `params.toml` tells the paper's setting.
 """
 
