@@ -66,6 +66,7 @@ class SealedWeights(Lock):
         broken_by=("a licensee who keeps what he opened: combine it with a mark of his own",),
         max_drop=0.0,
         refuses_wrong_key=True,
+        grade="recommended",
     )
 
     def lock(

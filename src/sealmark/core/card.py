@@ -35,7 +35,8 @@ class Card:
         max_drop: largest loss of the task's metric on an ordinary task, the conformance bound.
         refuses_wrong_key: a lock that refuses instead of giving a useless model.
         task: the ready task on which the conformance suite runs it.
-        grade: ``product``, or ``research`` when a known cheap attack defeats it.
+        grade: ``recommended`` for what the product takes where nothing else is said, ``product``, or
+            ``research`` when a known cheap attack defeats it.
     """
 
     title: str
@@ -57,7 +58,7 @@ class Card:
     needs_trained: bool = False
     refuses_wrong_key: bool = False
     task: str = "digits"
-    grade: Literal["product", "research"] = "product"
+    grade: Literal["recommended", "product", "research"] = "product"
 
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON values."""

@@ -81,6 +81,7 @@ class SpreadSpectrum(WeightMark):
         ),
         deviations=("soft decoding", "proven bound instead of a Gaussian threshold", "keyed users"),
         max_drop=0.01,
+        grade="recommended",
     )
 
     def __post_init__(self) -> None:

@@ -70,7 +70,7 @@ class HashChain(TriggerMark):
         needs_training=True,
         needs_data=True,
         reported="forging is prevented and accuracy unchanged (from the abstract; figures not checked)",
-        reproduced="see docs/results/ownership-blackbox.md",
+        reproduced="REPRO",
         broken_by=(
             "training a new model on its answers (Lukas et al. 2022)",
             "rejecting queries that look unlike the task (Hitaj and Mancini 2018; Li et al. 2022)",
@@ -80,6 +80,7 @@ class HashChain(TriggerMark):
             "smooth images, words, and rows of the task as triggers; the margin objective",
         ),
         max_drop=0.01,
+        grade="recommended",
     )
 
     def __post_init__(self) -> None:
