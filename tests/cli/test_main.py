@@ -55,7 +55,7 @@ def test_no_command_shows_the_help(sealmark):
     assert "Ownership" in sealmark("", code=2).output
 
 
-@pytest.mark.parametrize("line", ["nonsense", "verify", "verify a --alpha much", "schemes --seed 1"])
+@pytest.mark.parametrize("line", ["nonsense", "lock", "verify a --alpha much", "schemes --seed 1"])
 def test_a_wrong_call_exits_with_2_and_says_nothing_on_stdout(sealmark, empty, line):
     result = sealmark(line, code=2)
     assert result.stdout == ""

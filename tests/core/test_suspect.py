@@ -180,3 +180,11 @@ def test_a_suspect_grants_what_it_lists_and_nothing_else(
         WeightFile: access is Access.WEIGHTS,
         BlackBox: access not in (Access.WEIGHTS, Access.MODULE),
     }
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_scores_that_are_not_numbers_are_refused(value):
+    suspect = BlackBox(lambda x: torch.full((len(x), 3), value), returns="logits")
+    for read in (suspect.logits, suspect.probabilities):
+        with pytest.raises(FormatError, match="not finite"):
+            read(torch.zeros(2, 4))

@@ -97,9 +97,10 @@ class Suspect(ABC):
         Raises:
             AccessError: the suspect gives labels at most.
             BudgetError: the answers would exceed the budget; none is asked for.
+            FormatError: an answer is not finite.
         """
         self.require(Access.PROBABILITIES)
-        answer = self._ask(inputs)
+        answer = _finite(self._ask(inputs))
         return torch.softmax(answer, -1) if Access.LOGITS in self.access else answer
 
     def logits(self, inputs: Tensor) -> Tensor:
@@ -108,9 +109,10 @@ class Suspect(ABC):
         Raises:
             AccessError: the suspect does not give them.
             BudgetError: the answers would exceed the budget; none is asked for.
+            FormatError: an answer is not finite.
         """
         self.require(Access.LOGITS)
-        return self._ask(inputs)
+        return _finite(self._ask(inputs))
 
     def _ask(self, inputs: Tensor) -> Tensor:
         count = len(inputs)
@@ -126,6 +128,12 @@ class Suspect(ABC):
         if len(answer) != count:
             raise FormatError("the suspect's answer does not fit", expected=f"{count} rows", found=len(answer))
         return answer
+
+
+def _finite(answer: Tensor) -> Tensor:
+    if not bool(torch.isfinite(answer).all()):
+        raise FormatError("the suspect's answer is not finite", expected="numbers", found="NaN or infinity")
+    return answer
 
 
 class WhiteBox(Suspect):

@@ -59,6 +59,8 @@ ATTACKS: tuple[AttackSpec, ...] = (
 class Strangers:
     """Models that have nothing to do with the protected one: half of the owner's rows, half of the attacker's.
 
+    On a task of its own, for a scheme that tells who knows the owner's rows, they are all of the attacker's.
+
     Attributes:
         innocent: suspects that must not be accused.
         references: what laws are learned from; none of them is a suspect.
@@ -72,7 +74,7 @@ class Strangers:
         """Train them."""
 
         def made(label: str, count: int) -> list[nn.Module]:
-            rows = (base.task.owner, base.task.attacker)
+            rows = (base.task.owner if base.task.name == "digits" else base.task.attacker, base.task.attacker)
             return [
                 train_task(base.task, rng=base.generator(f"{label} {i}"), rows=rows[i % 2], recipe=base.recipe)
                 for i in range(count)
@@ -203,16 +205,20 @@ def run(
     scratch: list[dict[str, float]] = []
     failed: dict[str, list[str]] = {}
     for seed in seeds:
-        base = ground(seed, Effort(epochs=epochs))
-        strangers = Strangers.of(base, innocent, references)
-        scratch.append(_scratch(base, attacks))
+        grounds: dict[str, tuple[Ground, Strangers]] = {}
         for entry in entries:
             console.print(f"seed {seed}: {entry.title}")
+            name = _task_of(entry)
+            if name not in grounds:
+                made = ground(seed, Effort(epochs=epochs), name)
+                grounds[name] = (made, Strangers.of(made, innocent, references))
+            base, strangers = grounds[name]
             try:
                 rows[entry.title].append(figures(protect(base, entry, strangers), strangers, attacks))
                 claims[entry.title] += filter(None, [_tried(false_claims, base, entry, strangers)])
             except MarkFailedError as error:
                 failed.setdefault(entry.title, []).append(f"seed {seed}: {error}")
+        scratch += [_scratch(grounds["digits"][0], attacks)] if "digits" in grounds else []
     result: dict[str, Any] = finite(
         {
             "environment": environment(),
@@ -232,6 +238,11 @@ def run(
     with atomic_write(out / "ownership-blackbox.md") as file:
         file.write(as_markdown(result).encode())
     return result
+
+
+def _task_of(entry: Entry) -> str:
+    task: str = registry.item("scheme", entry.scheme).card().task  # type: ignore[union-attr]
+    return task
 
 
 def _scratch(base: Ground, attacks: Sequence[AttackSpec]) -> dict[str, float]:

@@ -105,17 +105,21 @@ class Ground:
     @property
     def recipe(self) -> Recipe:
         """How the owner trains."""
-        return owner_recipe(self.task, self.effort.epochs)
+        return _recipe(self.task, self.effort)
 
     def generator(self, label: str) -> np.random.Generator:
         """The randomness of one measurement."""
         return generator(self.seed, label)
 
 
-def ground(seed: int, effort: Effort) -> Ground:
-    """The plain model of one seed."""
-    task = registry.task("digits")
-    recipe = owner_recipe(task, effort.epochs)
+def _recipe(task: Task, effort: Effort) -> Recipe:
+    return owner_recipe(task, effort.epochs) if task.name == "digits" else task.recipe
+
+
+def ground(seed: int, effort: Effort, task_name: str = "digits") -> Ground:
+    """The plain model of one seed; of another task than the digits, trained by that task's own recipe."""
+    task = registry.task(task_name)
+    recipe = _recipe(task, effort)
     fresh = task.model(generator(seed, "plain"))
     plain = train_task(task, rng=generator(seed, "plain"), recipe=recipe)
     return Ground(task, seed, effort, fresh, plain, task.score(plain))

@@ -44,7 +44,8 @@ def _index(cards: dict[str, Card]) -> str:
         "Made from the cards, which stand beside the code (`make pages`). `recommended` is what the product takes "
         "where nothing else is said; `research` says that a known cheap attack defeats the scheme.",
         "`make figures`, `make whitebox`, `make blackbox` and `make lineage` rebuild the main figures, under "
-        "[results](../results). What a page tells beyond them was measured once, while the scheme was built; tests hold the main claims.",
+        "[results](../results). What a page tells beyond them was measured once, while the scheme was built; tests "
+        "hold the main claims.",
         *table(head, rows),
     )
 
