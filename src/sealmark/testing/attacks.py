@@ -89,7 +89,7 @@ def check_attack_makes_no_mark(attack: Modification, bench: Bench) -> None:
     for name in registry.items("scheme"):
         scheme = registry.scheme(name)
         if isinstance(scheme, Watermark) and scheme.card.task == bench.task.name:
-            _, secret = bench.protect(scheme)
+            secret = bench.secret(scheme)
             try:
                 verdict = scheme.verify(WhiteBox(result.model), secret).verdict
             except ModelMismatchError:  # what cannot be read matches nothing

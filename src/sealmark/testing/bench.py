@@ -97,6 +97,13 @@ class Bench:
         """
         return self.make(scheme, lambda: self._protect(scheme))
 
+    def secret(self, scheme: Watermark) -> Secret:
+        """A secret that verifies, without the marked model where embedding teaches the secret nothing."""
+        if type(scheme).embedding is not Watermark.embedding:
+            return self.protect(scheme)[1]
+        start = self.plain if scheme.card.needs_trained else self.task.model(np.random.default_rng(0))
+        return self.make(("secret", scheme), lambda: scheme.keygen(start, self.task, rng=np.random.default_rng(1)))
+
     def locked(self, scheme: Lock) -> tuple[nn.Module, Secret]:
         """The plain model as the lock ships it, and the key; also of a scheme that is a watermark as well."""
 
