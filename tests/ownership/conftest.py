@@ -1,4 +1,4 @@
-"""What the tests of lineage share: a transformer, what is derived from it, and what is not."""
+"""What tests share: a transformer or the digits net, what is derived from it, and what is not."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 
 from sealmark.core import registry
 from sealmark.core.attack import Resources
+from sealmark.core.task import Recipe
 from sealmark.core.training import train_task
 
 
@@ -92,4 +93,39 @@ def derived(tokens, reader):
         "permuted": (attacked("permute"), 0.999),
         "rotated": (rotated(reader), 0.999),
         "another head basis": (in_another_head_basis(reader), 0.999),
+    }
+
+
+QUICK = Recipe(4, 64, 0.1, clip=1.0)  # answers points as often as 15 epochs at 0.05 do; two epochs do half as often
+
+
+@pytest.fixture(scope="session")
+def references(digits):
+    """Twenty models that have nothing to do with the plain one, to learn a law from."""
+    return [train_task(digits, rng=np.random.default_rng(seed), recipe=QUICK).eval() for seed in range(700, 720)]
+
+
+@pytest.fixture(scope="session")
+def independents(digits):
+    """Suspects that are innocent, fully trained on the owner's rows or the attacker's; none is a reference."""
+    sets = ((digits.owner, range(100, 103)), (digits.attacker, range(200, 203)))
+    return [
+        train_task(digits, rng=np.random.default_rng(s), rows=rows).eval() for rows, seeds in sets for s in seeds
+    ]
+
+
+@pytest.fixture(scope="session")
+def descendants(plain, digits):
+    """The plain digits model and what a thief makes of it."""
+
+    def attacked(name, **parameters):
+        attack = registry.modification(name, **parameters)
+        return attack.run(plain, Resources.of(digits), rng=np.random.default_rng(3)).model
+
+    return {
+        "itself": plain,
+        "fine-tuned": attacked("fine_tune", epochs=10, rate=0.01),
+        "fine-tuned hard": attacked("fine_tune", epochs=20, rate=0.05),
+        "pruned 0.5": attacked("prune", rate=0.5),
+        "pruned 0.7": attacked("prune", rate=0.7),
     }

@@ -14,30 +14,12 @@ from sealmark.core.attack import Resources
 from sealmark.core.errors import AccessError, MarkFailedError, ModelMismatchError, ParameterError, UnknownNameError
 from sealmark.core.evidence import Verdict
 from sealmark.core.suspect import BlackBox, WhiteBox
-from sealmark.core.task import Recipe
-from sealmark.core.training import train_task
 from sealmark.core.weights import weights_of
 from sealmark.ownership.deepjudge import Deepjudge, _active, divergence
 from sealmark.stats.populations import population_of
 
 SCHEME = Deepjudge(answers="probabilities")
 OPEN = Deepjudge(answers="module", layer="fc1")
-QUICK = Recipe(4, 64, 0.1, clip=1.0)  # answers points as often as 15 epochs at 0.05 do; two epochs do half as often
-
-
-def trained(task, seeds, **how):
-    return [train_task(task, rng=np.random.default_rng(seed), **how).eval() for seed in seeds]
-
-
-@pytest.fixture(scope="module")
-def references(digits):
-    return trained(digits, range(700, 720), recipe=QUICK)
-
-
-@pytest.fixture(scope="module")
-def independents(digits):
-    """Held out: none of them is a reference."""
-    return [*trained(digits, range(100, 103)), *trained(digits, range(200, 203), rows=digits.attacker)]
 
 
 @pytest.fixture(scope="module")
@@ -55,17 +37,6 @@ def attacked(model, task, name, **parameters):
     return attack.run(model, Resources.of(task), rng=np.random.default_rng(3)).model
 
 
-@pytest.fixture(scope="module")
-def derived(plain, digits):
-    return {
-        "itself": plain,
-        "fine-tuned": attacked(plain, digits, "fine_tune", epochs=10, rate=0.01),
-        "fine-tuned hard": attacked(plain, digits, "fine_tune", epochs=20, rate=0.05),
-        "pruned 0.5": attacked(plain, digits, "prune", rate=0.5),
-        "pruned 0.7": attacked(plain, digits, "prune", rate=0.7),
-    }
-
-
 def verify(model, secret, **how):
     return registry.scheme_of(secret).verify(WhiteBox(model), secret, alpha=0.05, **how)
 
@@ -74,17 +45,17 @@ def distances(model, secret):
     return verify(model, secret).details["distances"]
 
 
-def test_derived_models_behave_as_the_model_does_and_are_accused(derived, secret):
-    for name, model in derived.items():
+def test_derived_models_behave_as_the_model_does_and_are_accused(descendants, secret):
+    for name, model in descendants.items():
         evidence = verify(model, secret)
         assert evidence.verdict is Verdict.MATCH, name
         assert evidence.details["votes"] == {"RobD": "copy", "JSD": "copy"}, name
         assert evidence.details["paper_claims"], name
 
 
-def test_every_derived_model_is_three_times_nearer_than_every_independent_one(derived, independents, secret):
+def test_every_derived_model_is_three_times_nearer_than_every_independent_one(descendants, independents, secret):
     for metric in ("RobD", "JSD"):
-        farthest = max(distances(model, secret)[metric] for model in derived.values())
+        farthest = max(distances(model, secret)[metric] for model in descendants.values())
         assert farthest < min(distances(model, secret)[metric] for model in independents) / 3, metric
 
 
@@ -101,12 +72,12 @@ def test_model_itself_has_distance_zero(plain, secret, opened):
 
 
 def test_knockoff_by_labels_is_no_copy_and_distilling_stays_apart_from_what_is_derived(
-    plain, digits, derived, secret
+    plain, digits, descendants, secret
 ):
     labels = verify(attacked(plain, digits, "knockoff", answers="label"), secret)
     assert not labels.details["paper_claims"]
     soft = distances(attacked(plain, digits, "distill"), secret)
-    farthest = {m: max(distances(model, secret)[m] for model in derived.values()) for m in soft}
+    farthest = {m: max(distances(model, secret)[m] for model in descendants.values()) for m in soft}
     assert all(soft[metric] > farthest[metric] for metric in soft)
 
 
@@ -144,8 +115,8 @@ def test_model_that_nothing_fools_is_refused(digits):
         SCHEME.enroll(Constant(), digits, references=[Constant(), Constant()])
 
 
-def test_open_suspects_show_four_more_distances_that_tell_copies(derived, independents, opened):
-    for name, model in derived.items():
+def test_open_suspects_show_four_more_distances_that_tell_copies(descendants, independents, opened):
+    for name, model in descendants.items():
         evidence = verify(model, opened)
         assert list(evidence.details["votes"]) == ["RobD", "JSD", "LOD", "LAD", "NOD", "NAD"]
         assert set(evidence.details["votes"].values()) == {"copy"}, name
@@ -245,9 +216,9 @@ def test_false_claim_wins_by_the_papers_rule_and_loses_before_a_judges_models(
         assert verify(innocent, forged, population=judges).verdict is Verdict.NO_MATCH
 
 
-def test_judges_models_still_accuse_a_thief(derived, secret, references):
+def test_judges_models_still_accuse_a_thief(descendants, secret, references):
     judges = population_of(SCHEME, secret, [WhiteBox(model) for model in references])
-    assert verify(derived["fine-tuned"], secret, population=judges).verdict is Verdict.MATCH
+    assert verify(descendants["fine-tuned"], secret, population=judges).verdict is Verdict.MATCH
 
 
 def test_references_and_a_live_model_are_needed(plain, digits, references):

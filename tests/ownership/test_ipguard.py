@@ -15,29 +15,12 @@ from sealmark.core.attack import Resources
 from sealmark.core.errors import MarkFailedError, ParameterError, UnsupportedError
 from sealmark.core.evidence import Verdict
 from sealmark.core.suspect import BlackBox, WhiteBox
-from sealmark.core.task import Batch, Recipe
-from sealmark.core.training import train_task
+from sealmark.core.task import Batch
 from sealmark.core.weights import weights_of
 from sealmark.ownership.ipguard import Ipguard, _beyond, _loss
 from sealmark.stats.populations import population_of
 
 SCHEME = Ipguard()
-QUICK = Recipe(4, 64, 0.1, clip=1.0)  # answers points as often as 15 epochs at 0.05 do; two epochs do half as often
-
-
-def trained(task, seeds, **how):
-    return [train_task(task, rng=np.random.default_rng(seed), **how).eval() for seed in seeds]
-
-
-@pytest.fixture(scope="module")
-def references(digits):
-    return trained(digits, range(700, 720), recipe=QUICK)
-
-
-@pytest.fixture(scope="module")
-def independents(digits):
-    """Held out: none of them is a reference."""
-    return [*trained(digits, range(100, 103)), *trained(digits, range(200, 203), rows=digits.attacker)]
 
 
 @pytest.fixture(scope="module")
@@ -50,17 +33,6 @@ def attacked(model, task, name, **parameters):
     return attack.run(model, Resources.of(task), rng=np.random.default_rng(3)).model
 
 
-@pytest.fixture(scope="module")
-def derived(plain, digits):
-    return {
-        "itself": plain,
-        "fine-tuned": attacked(plain, digits, "fine_tune", epochs=10, rate=0.01),
-        "fine-tuned hard": attacked(plain, digits, "fine_tune", epochs=20, rate=0.05),
-        "pruned 0.5": attacked(plain, digits, "prune", rate=0.5),
-        "pruned 0.7": attacked(plain, digits, "prune", rate=0.7),
-    }
-
-
 def verify(model, secret, **how):
     return SCHEME.verify(WhiteBox(model), secret, alpha=0.05, **how)
 
@@ -69,8 +41,8 @@ def rate(model, secret, **how):
     return verify(model, secret, **how).details["match_rate"]
 
 
-def test_derived_models_answer_the_points_and_are_accused(derived, secret):
-    for name, model in derived.items():
+def test_derived_models_answer_the_points_and_are_accused(descendants, secret):
+    for name, model in descendants.items():
         evidence = verify(model, secret)
         assert evidence.verdict is Verdict.MATCH, name
         assert evidence.details["match_rate"] >= 0.8, name
@@ -84,8 +56,8 @@ def test_labels_alone_are_asked_once_a_point(plain, secret):
     assert evidence.queries == closed.queries == evidence.details["points"] == 100
 
 
-def test_every_independent_model_answers_fewer_points_than_every_derived_one(derived, independents, secret):
-    least = min(rate(model, secret) for model in derived.values())
+def test_every_independent_model_answers_fewer_points_than_every_derived_one(descendants, independents, secret):
+    least = min(rate(model, secret) for model in descendants.values())
     most = max(rate(model, secret) for model in independents)
     assert most <= 0.5
     assert least - most >= 0.3
@@ -111,11 +83,11 @@ def test_points_of_another_owner_do_not_accuse_the_model(plain, independents, re
     assert rate(plain, other) <= 0.5 < rate(independents[0], other)
 
 
-def test_margin_trades_robustness_for_uniqueness(plain, digits, references, derived, independents):
+def test_margin_trades_robustness_for_uniqueness(plain, digits, references, descendants, independents):
     def rates(margin):
         scheme = Ipguard(margin=margin, points=50)
         secret = scheme.enroll(plain, digits, references=references[:2], rng=np.random.default_rng(1))
-        models = (derived["fine-tuned hard"], *independents)
+        models = (descendants["fine-tuned hard"], *independents)
         tuned, *others = (scheme.score(WhiteBox(m), secret).details["match_rate"] for m in models)
         return tuned, max(others)
 
@@ -201,9 +173,9 @@ def test_false_claim_wins_by_the_papers_rule_and_loses_before_a_judges_models(
         assert verify(innocent, forged, population=judges).verdict is Verdict.NO_MATCH
 
 
-def test_judges_models_still_accuse_a_thief(derived, secret, references):
+def test_judges_models_still_accuse_a_thief(descendants, secret, references):
     judges = population_of(SCHEME, secret, [WhiteBox(model) for model in references])
-    assert verify(derived["fine-tuned"], secret, population=judges).verdict is Verdict.MATCH
+    assert verify(descendants["fine-tuned"], secret, population=judges).verdict is Verdict.MATCH
 
 
 def test_references_and_a_live_model_are_needed(plain, digits, references):

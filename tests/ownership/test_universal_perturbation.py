@@ -31,11 +31,6 @@ def trained(task, seeds, **how):
 
 
 @pytest.fixture(scope="module")
-def references(digits):
-    return trained(digits, range(700, 720))
-
-
-@pytest.fixture(scope="module")
 def independents(digits):
     """Held out: none of them is a reference."""
     return [*trained(digits, range(100, 104)), *trained(digits, range(200, 203), rows=digits.attacker)]
@@ -56,17 +51,6 @@ def attacked(model, task, name, **parameters):
     return attack.run(model, Resources.of(task), rng=np.random.default_rng(3)).model
 
 
-@pytest.fixture(scope="module")
-def derived(plain, digits):
-    return {
-        "itself": plain,
-        "fine-tuned": attacked(plain, digits, "fine_tune", epochs=10, rate=0.01),
-        "fine-tuned hard": attacked(plain, digits, "fine_tune", epochs=20, rate=0.05),
-        "pruned 0.5": attacked(plain, digits, "prune", rate=0.5),
-        "pruned 0.7": attacked(plain, digits, "prune", rate=0.7),
-    }
-
-
 def verify(model, secret, **how):
     return registry.scheme_of(secret).verify(WhiteBox(model), secret, alpha=0.05, **how)
 
@@ -75,16 +59,16 @@ def similarity(model, secret):
     return verify(model, secret).details["similarity"]
 
 
-def test_derived_models_are_accused(derived, secret):
-    for name, model in derived.items():
+def test_derived_models_are_accused(descendants, secret):
+    for name, model in descendants.items():
         evidence = verify(model, secret)
         assert evidence.verdict is Verdict.MATCH, name
         assert evidence.details["paper_claims"], name
 
 
-def test_every_derived_model_is_nearer_than_every_independent_one(derived, independents, secret):
+def test_every_derived_model_is_nearer_than_every_independent_one(descendants, independents, secret):
     nearest = max(similarity(model, secret) for model in independents)
-    assert min(similarity(model, secret) for model in derived.values()) > nearest
+    assert min(similarity(model, secret) for model in descendants.values()) > nearest
 
 
 def test_independent_models_are_not_accused(independents, secret):
@@ -92,10 +76,10 @@ def test_independent_models_are_not_accused(independents, secret):
     assert sum(evidence.verdict is Verdict.MATCH for evidence in found) <= 1  # 1 in 21 is what the rank promises
 
 
-def test_without_a_perturbation_derived_models_do_not_stand_out(plain, digits, references, derived):
+def test_without_a_perturbation_derived_models_do_not_stand_out(plain, digits, references, descendants):
     flat = replace(SCHEME, radius=1e-6).enroll(plain, digits, references=references, rng=np.random.default_rng(1))
     assert verify(plain, flat).details["fooled"] == 0
-    farthest = min(similarity(model, flat) for model in derived.values())
+    farthest = min(similarity(model, flat) for model in descendants.values())
     assert farthest < verify(plain, flat).details["nearest_reference"]
 
 
@@ -147,12 +131,12 @@ def test_papers_test_is_welchs(independents, secret):
     assert verify(independents[0], secret).details["paper_p"] == pytest.approx(expected)
 
 
-def test_encoder_tells_what_is_lightly_changed_from_independent_models(derived, independents, learned):
+def test_encoder_tells_what_is_lightly_changed_from_independent_models(descendants, independents, learned):
     assert learned.tensors["first"].shape == (400, 64)
     nearest = max(similarity(model, learned) for model in independents)
     for name in ("itself", "fine-tuned", "pruned 0.5"):
-        assert verify(derived[name], learned).verdict is Verdict.MATCH
-        assert similarity(derived[name], learned) > nearest
+        assert verify(descendants[name], learned).verdict is Verdict.MATCH
+        assert similarity(descendants[name], learned) > nearest
 
 
 def test_encoder_draws_independent_models_further_apart_than_prints_are(independents, secret, learned):
@@ -210,9 +194,9 @@ def test_false_claim_wins_by_the_papers_test_and_loses_before_a_judges_models(
         assert naive.verdict is Verdict.MATCH  # references of the accuser's own are none
 
 
-def test_judges_models_still_accuse_a_thief(derived, secret, references):
+def test_judges_models_still_accuse_a_thief(descendants, secret, references):
     judges = population_of(SCHEME, secret, [WhiteBox(model) for model in references])
-    assert verify(derived["fine-tuned"], secret, population=judges).verdict is Verdict.MATCH
+    assert verify(descendants["fine-tuned"], secret, population=judges).verdict is Verdict.MATCH
 
 
 def test_suspects_of_another_form_are_refused(plain, secret):

@@ -166,7 +166,7 @@ def test_probabilities_are_taken_as_they_are(digits):
     ids=["nine classes", "negative", "logits", "NaN"],
 )
 def test_answers_that_are_no_probabilities_are_refused(digits, answer):
-    with pytest.raises(FormatError, match="not probabilities"):
+    with pytest.raises(FormatError, match=r"not (probabilities|finite)"):
         probabilities_of(served(answer), digits, digits.test.inputs[:4])
 
 
