@@ -20,14 +20,16 @@ import numpy as np
 import torch
 from torch import nn
 
+from sealmark.blackbox.answer_key import Answered, AnswerKey
 from sealmark.core import registry
-from sealmark.core.attack import Resources
+from sealmark.core.attack import Extraction, Resources
 from sealmark.core.ownership import Fingerprint, Verifiable, Watermark
-from sealmark.core.suspect import WhiteBox
+from sealmark.core.suspect import BlackBox, WhiteBox
 from sealmark.core.task import Task
 from sealmark.core.training import train, train_task
 from sealmark.core.weights import save_model
 from sealmark.evaluate.markdown import table
+from sealmark.ownership.dawn import Dawn
 from sealmark.runtime.models import load_weights
 
 FOLDER = Path(__file__).parent
@@ -64,7 +66,9 @@ def _one(task: Task, params: dict[str, Any], seed: int) -> dict[str, Any]:
     if "scheme" not in params:
         return found | {"parameters": sum(p.numel() for p in plain.parameters()), "seconds_plain": seconds}
     scheme = registry.scheme(params["scheme"], **params.get("parameters", {}))
-    protect = _marked if isinstance(scheme, Watermark) else _enrolled
+    protect = (
+        _served if params.get("start") == "served" else _marked if isinstance(scheme, Watermark) else _enrolled
+    )
     return protect(task, params, seed, cast("Any", scheme), plain, found)
 
 
@@ -115,6 +119,58 @@ def _enrolled(
         "seconds_enrolled": time.perf_counter() - began,
         **_after(task, params, scheme, plain, secret, seed),
     }
+
+
+def _served(
+    task: Task, params: dict[str, Any], seed: int, scheme: Dawn, plain: nn.Module, found: dict[str, Any]
+) -> dict[str, Any]:
+    """DAWN: a client steals the plain model through its service, which falsifies some of his answers."""
+    secret = scheme.keygen(plain, task, rng=np.random.default_rng([1, seed]))
+    for entry in params["attacks"]:
+        parameters = dict(entry)
+        title = parameters.pop("title")
+        attack = cast("Extraction", registry.attack(parameters.pop("attack", title), **parameters))
+        service = _Service(AnswerKey(secret), WhiteBox(plain))
+        suspect = BlackBox(service.scores, returns="probabilities")
+        if attack.returns == "label":
+            suspect = BlackBox(lambda rows, ask=service.scores: ask(rows).argmax(1), returns="label")
+        model, _ = attack.extract(suspect, Resources.of(task), np.random.default_rng([2, seed]))
+        known = scheme.register(secret, service.answers)
+        found[f"after_{title}"] = {
+            "parameters": parameters,
+            "accuracy": task.score(model),
+            "queries": suspect.queries,
+            **_plain(scheme.verify(WhiteBox(model), known)),
+        }
+        found["control_independent_model"] = _plain(
+            scheme.verify(WhiteBox(_bare(attack, plain, task, seed)), known)
+        )
+        found["served_wrongly"] = len(service.answers) / suspect.queries
+        sys.stderr.write(f"{title}: {found[f'after_{title}']}\n")
+    return found
+
+
+def _bare(attack: Extraction, plain: nn.Module, task: Task, seed: int) -> nn.Module:
+    """What the same thief gets of the same service without the middleware."""
+    suspect = BlackBox(WhiteBox(plain).probabilities, returns="probabilities")
+    return attack.extract(suspect, Resources.of(task), np.random.default_rng([2, seed]))[0]
+
+
+class _Service:
+    """A prediction service for one client, as the middleware makes it."""
+
+    def __init__(self, key: AnswerKey, model: WhiteBox) -> None:
+        self._key, self._model, self.answers = key, model, list[Answered]()
+
+    def scores(self, rows: torch.Tensor) -> torch.Tensor:
+        """Probabilities; those of selected queries are permuted, and registered."""
+        answer, asked = self._model.probabilities(rows), self._key.read(rows.numpy())
+        for row, bits in enumerate(self._key.bits(asked)):
+            if self._key.selects("thief", bits):
+                natural = int(answer[row].argmax())
+                self.answers.append(Answered("thief", bits, asked[row].tobytes(), natural))
+                answer[row] = answer[row][self._key.order("thief", bits, natural)]
+        return answer
 
 
 def _reference(task: Task, params: dict[str, Any], seed: int) -> nn.Module:
