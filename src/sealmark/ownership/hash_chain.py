@@ -70,7 +70,7 @@ class HashChain(TriggerMark):
         needs_training=True,
         needs_data=True,
         reported="forging is prevented and accuracy unchanged (from the abstract; figures not checked)",
-        reproduced="digits, seeds 0 to 2: 30 of 30 triggers, log10 p -30, 7 queries in turn, 0.1 points of accuracy; "
+        reproduced="digits, seeds 0 to 2: 30 of 30 triggers, log10 p -30, 7 queries in turn, 0.1 points lost; "
         "after fine-tuning (20 epochs at the owner's rate, also adversarially), pruning by half, blur, JPEG, noise "
         "30 of 30. With the plain objective blur leaves 9 to 17 of 30. Picked rows with the margin keep 5 to 18 of "
         "30 in extracted models, at 7 points of accuracy, and fine-tuning removes them",
