@@ -18,6 +18,37 @@ def script(tmp_path, monkeypatch):
     return made
 
 
+def test_a_served_model_is_stolen_and_the_thief_found(script, tmp_path):
+    folder = tmp_path / "served"
+    folder.mkdir()
+    (folder / "params.toml").write_text(
+        'task = "digits"\nseeds = [0]\nscheme = "dawn"\nstart = "served"\n[parameters]\nrate = 0.05\n'
+        '[recipe]\nepochs = 3\n[[attacks]]\ntitle = "stolen"\nattack = "knockoff"\nanswers = "label"\nepochs = 20\n'
+    )
+    script["main"]("served")
+    [run] = json.loads((folder / "result.json").read_text("utf-8"))["runs"]
+    assert run["after_stolen"]["verdict"] == "MATCH"
+    assert run["control_independent_model"]["verdict"] == "NO_MATCH"
+    assert 0.02 < run["served_wrongly"] < 0.1
+
+
+def test_a_fingerprint_is_held_against_models_that_were_trained_apart(script, tmp_path):
+    folder = tmp_path / "enrolled"
+    folder.mkdir()
+    (folder / "params.toml").write_text(
+        'task = "digits"\nseeds = [0]\nscheme = "ipguard"\n[parameters]\npoints = 20\nsteps = 100\n'
+        "[recipe]\nepochs = 5\n[references]\ncount = 3\nepochs = 3\nshare = 0.8\n"
+        '[[attacks]]\ntitle = "prune"\nrate = 0.5\n'
+    )
+    script["main"]("enrolled")
+    [run] = json.loads((folder / "result.json").read_text("utf-8"))["runs"]
+    assert run["evidence"]["match_rate"] == 1
+    assert run["after_prune"]["match_rate"] > max(
+        found["match_rate"] for found in run["control_independent_models"]
+    )
+    assert len(list((tmp_path / ".models").glob("digits-reference-*"))) == 5  # three, and two suspects
+
+
 def test_the_page_shows_the_committed_results():
     assert runpy.run_path(str(ROOT / "run.py"), run_name="run")["page"]() == (ROOT / "README.md").read_text("utf-8")
 

@@ -5,8 +5,9 @@ import pytest
 import torch
 from torch import nn
 
-from sealmark.blackbox.crafting import ascend, cross_entropy, logits_of
-from sealmark.blackbox.inputs import form_of, pack
+from sealmark.attacks.ambiguity.false_claim import FalseClaim
+from sealmark.blackbox.crafting import logits_of
+from sealmark.blackbox.inputs import form_of
 from sealmark.blackbox.points import sources
 from sealmark.core import registry
 from sealmark.core.attack import Resources
@@ -176,32 +177,11 @@ def test_class_without_rows_is_not_imitated():
     assert torch.equal(targets, 2 - rows.targets)
 
 
-def accusation(mine, accomplices, held_out, task):
-    """Points that are made to transfer, the best of many (Liu et al. 2024), and a law that the accuser made up."""
-    rng = np.random.default_rng(9)
-    rows = sources(task, mine, 150, rng)
-    targets = (rows.targets + 1 + torch.from_numpy(rng.integers(0, 9, rows.rows))) % 10
-    moved = ascend(
-        [mine, *accomplices],
-        rows.inputs,
-        targets,
-        objective=lambda logits, wanted: -cross_entropy(logits, wanted),
-        radius=0.3,
-        steps=40,
-        low=0.0,
-        high=1.0,
-    )
-    best = cross_entropy(logits_of(held_out, moved), targets).argsort()[:50]
-    secret = SCHEME.new_secret(weights_of(mine), host=form_of(task, SCHEME.name), rng=rng)
-    learned = {"inputs": pack(moved[best], secret.host), "labels": targets[best], "population": torch.zeros(20)}
-    return secret.with_learned(learned)
-
-
 def test_false_claim_wins_by_the_papers_rule_and_loses_before_a_judges_models(
     plain, independents, references, digits
 ):
-    *accomplices, held_out = independents[3:]
-    forged = accusation(plain, accomplices, held_out, digits)
+    attack = FalseClaim(candidates=10)
+    forged = attack.run(plain, SCHEME, Resources.of(digits), rng=np.random.default_rng(0)).secret
     judges = population_of(SCHEME, forged, [WhiteBox(model) for model in references])
     for innocent in independents[:3]:
         naive = verify(innocent, forged)

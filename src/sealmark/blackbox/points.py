@@ -13,7 +13,7 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import numpy as np
 import torch
@@ -88,15 +88,8 @@ class PointFingerprint(Fingerprint):
         Raises:
             MarkFailedError: no points with the wanted property were found.
         """
-        live = [other for other in references if isinstance(other, nn.Module)]
-        if not isinstance(model, nn.Module) or len(live) < max(2, len(references)):
-            raise ParameterError(
-                f"{self.name} asks the model and unrelated models",
-                expected="a live model, and two live references or more",
-                found=f"{type(model).__name__} and {len(live)} live of {len(references)} references",
-            )
-        form = form_of(task, self.name)
-        assert task is not None  # noqa: S101 - form_of refuses None
+        model, live = live_models(self.name, model, references)
+        form, task = form_of(task, self.name), cast("Task", task)
         rng = np.random.default_rng() if rng is None else rng
         secret = self.new_secret(weights_of(model), host=form, owner=owner, rng=rng)
         shown, kept = (live[0::2], live[1::2]) if self.crafts_with_references else ([], live)
@@ -142,6 +135,22 @@ class PointFingerprint(Fingerprint):
             "extrapolated_log10_p": beta_binomial_log_p(matches, points.rows, population) / math.log(10),
         }
         return Score(matches, Population.of(population), details)
+
+
+def live_models(scheme: str, model: object, references: Sequence[object]) -> tuple[nn.Module, list[nn.Module]]:
+    """The model and its references, for a fingerprint that asks them.
+
+    Raises:
+        ParameterError: one is not live, or there are fewer than two references.
+    """
+    live = [other for other in references if isinstance(other, nn.Module)]
+    if not isinstance(model, nn.Module) or len(live) < max(2, len(references)):
+        raise ParameterError(
+            f"{scheme} asks the model and unrelated models",
+            expected="a live model, and two live references or more",
+            found=f"{type(model).__name__} and {len(live)} live of {len(references)} references",
+        )
+    return model, live
 
 
 def sources(task: Task, model: nn.Module, count: int, rng: np.random.Generator) -> Batch:

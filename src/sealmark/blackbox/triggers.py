@@ -91,8 +91,7 @@ class TriggerMark(Watermark):
         """Which labels a trial may have, all equally likely: (m, k) int64; None for all classes."""
         if "natural" not in secret.tensors:
             return None
-        classes: int = secret.host["classes"]
-        return (secret.tensors["natural"].long()[:, None] + torch.arange(1, classes)) % classes
+        return other_labels(secret.tensors["natural"], secret.host["classes"])
 
     def derive(self, secret: Secret) -> dict[str, Tensor]:
         """The label of each trial, and the inputs where they follow from the seed."""
@@ -220,6 +219,16 @@ class TriggerMark(Watermark):
     def _details(self, matches: int, rows: int, won: int, trials: int) -> dict[str, Any]:
         found = {"triggers": rows, "trigger_accuracy": matches / rows, "paper_claims": self.claims(matches, rows)}
         return found if trials == rows else found | {"trials": trials, "trials_won": won}
+
+
+def other_labels(natural: Tensor, classes: int) -> Tensor:
+    """The labels that are wrong: (m,) to (m, classes - 1) int64.
+
+    Example:
+        >>> other_labels(torch.tensor([0, 2]), 3).tolist()
+        [[1, 2], [0, 1]]
+    """
+    return (natural.long()[:, None] + torch.arange(1, classes)) % classes
 
 
 def picked_rows(task: Task, form: Mapping[str, Any], count: int, rng: np.random.Generator) -> dict[str, Tensor]:

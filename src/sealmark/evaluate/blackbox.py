@@ -11,7 +11,7 @@ import argparse
 import contextlib
 import copy
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -215,7 +215,7 @@ def run(
             base, strangers = grounds[name]
             try:
                 rows[entry.title].append(figures(protect(base, entry, strangers), strangers, attacks))
-                claims[entry.title] += filter(None, [_tried(false_claims, base, entry, strangers)])
+                claims[entry.title] += filter(None, [false_claims(base, entry, strangers)])
             except MarkFailedError as error:
                 failed.setdefault(entry.title, []).append(f"seed {seed}: {error}")
         scratch += [_scratch(grounds["digits"][0], attacks)] if "digits" in grounds else []
@@ -253,18 +253,6 @@ def _scratch(base: Ground, attacks: Sequence[AttackSpec]) -> dict[str, float]:
         if attack.card.needs_data:
             found[title] = base.task.score(attack.scratch(Resources.of(base.task), rng))
     return found
-
-
-def _tried(
-    measure: Callable[[Ground, Entry, Strangers], dict[str, Any] | None],
-    base: Ground,
-    entry: Entry,
-    strangers: Strangers,
-) -> dict[str, Any] | None:
-    try:
-        return measure(base, entry, strangers)
-    except UnsupportedError:  # inputs without a gradient
-        return None
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

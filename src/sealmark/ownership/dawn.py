@@ -272,7 +272,7 @@ class Dawn(TriggerMark):
                 expected="a task whose rows a thief asks about",
                 advice="put sealmark.runtime.asgi before the service, or call embed with a task",
             )
-        return _Learning(self, self.register(secret, self._stolen(model, secret, task), model=model))
+        return Embedding(self, self.register(secret, self._stolen(model, secret, task), model=model))
 
     def _stolen(self, model: nn.Module, secret: Secret, task: Task) -> list[Answered]:
         """The first ``triggers`` wrong answers that a thief gets who asks about blends without end."""
@@ -315,11 +315,6 @@ def _records(secret: Secret) -> tuple[list[str], list[bytes]]:
     names = json.loads(secret.tensors["names"].numpy().tobytes())
     clients = [names[index] for index in secret.tensors["clients"].tolist()]
     return clients, [row.tobytes() for row in secret.tensors["mapped"].numpy()]
-
-
-class _Learning(Embedding):
-    def finish(self, model: nn.Module) -> Secret:
-        return self.secret
 
 
 def _blends(rows: Tensor, stream: Stream) -> NDArray[Any]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from sealmark.blackbox.crafting import ascend, logits_of, require_real
 from sealmark.blackbox.inputs import form_of, pack, unpack
+from sealmark.blackbox.points import live_models
 from sealmark.core.activations import activations, tapped
 from sealmark.core.card import Card
 from sealmark.core.errors import MarkFailedError, ModelMismatchError, ParameterError
@@ -152,13 +153,7 @@ class Deepjudge(Fingerprint):
             UnsupportedError: the inputs have no gradient.
             MarkFailedError: no radius fools the model.
         """
-        live = [other for other in references if isinstance(other, nn.Module)]
-        if not isinstance(model, nn.Module) or len(live) < max(2, len(references)):
-            raise ParameterError(
-                f"{self.name} asks the model and unrelated models",
-                expected="a live model, and two live references or more",
-                found=f"{type(model).__name__} and {len(live)} live of {len(references)} references",
-            )
+        model, live = live_models(self.name, model, references)
         form = form_of(task, self.name)
         rows = _surest(cast("Task", task), model, self.cases)
         radius, cases = _fooling(model, live, rows, form)

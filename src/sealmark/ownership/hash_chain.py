@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from sealmark.blackbox.inputs import keyed_inputs
 from sealmark.blackbox.margin import MarginEmbedding
-from sealmark.blackbox.triggers import TriggerMark, picked_rows
+from sealmark.blackbox.triggers import TriggerMark, other_labels, picked_rows
 from sealmark.core.canonical import sha256_hex
 from sealmark.core.card import Card
 from sealmark.core.embedding import Embedding
@@ -121,9 +121,7 @@ class HashChain(TriggerMark):
         """All classes; of a row that was picked, those that are wrong."""
         if self.looks != "rows":
             return None
-        classes: int = secret.host["classes"]
-        natural = secret.tensors["pool natural"][self._links(secret)[1]]
-        return (natural[:, None] + torch.arange(1, classes)) % classes
+        return other_labels(secret.tensors["pool natural"][self._links(secret)[1]], secret.host["classes"])
 
     def places(self, secret: Secret) -> Tensor | None:
         """See `TriggerMark.places`."""

@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from sealmark.blackbox.crafting import frozen, logits_of, require_real
 from sealmark.blackbox.inputs import form_of, pack, unpack
-from sealmark.blackbox.points import sources
+from sealmark.blackbox.points import live_models, sources
 from sealmark.core.card import Card
 from sealmark.core.errors import MarkFailedError, ModelMismatchError, ParameterError
 from sealmark.core.evidence import Score
@@ -150,13 +150,7 @@ class UniversalPerturbation(Fingerprint):
             MarkFailedError: too few test rows that the model answers rightly.
             UnsupportedError: inputs have no gradient.
         """
-        live = [other for other in references if isinstance(other, nn.Module)]
-        if not isinstance(model, nn.Module) or len(live) < max(2, len(references)):
-            raise ParameterError(
-                f"{self.name} asks the model and unrelated models",
-                expected="a live model, and two live references or more",
-                found=f"{type(model).__name__} and {len(live)} live of {len(references)} references",
-            )
+        model, live = live_models(self.name, model, references)
         form, task = form_of(task, self.name), cast("Task", task)
         require_real(task.owner.inputs)
         rng = np.random.default_rng() if rng is None else rng

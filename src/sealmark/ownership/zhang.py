@@ -182,11 +182,6 @@ class Zhang(TriggerMark):
             raise ParameterError("no target class is left to chance", expected="3 classes or more", found=2)
         return form, self._hold_out(task, form, rng)
 
-    def derive(self, secret: Secret) -> dict[str, Tensor]:
-        """The target class of each trial, and the inputs that are asked unless the owner chose them."""
-        parts = super().derive(secret)
-        return parts if self.kind == "unrelated" else parts | {"inputs": self.draw(secret)}
-
     def draw(self, secret: Secret) -> Tensor:
         """Rows that were held out, stamped; or unrelated inputs."""
         if self.kind == "unrelated":
