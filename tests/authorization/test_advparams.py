@@ -59,6 +59,15 @@ def test_too_few_weights_do_not_lock(digits: Task, plain: nn.Module) -> None:
     assert digits.score(made.model) > 0.9
 
 
+def test_the_lock_goes_on_until_the_metric_says_so(
+    digits: Task, plain: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where answers given to other rows cost nothing, as with pairs, the loss alone would stop after five."""
+    monkeypatch.setattr(Victim, "useless", lambda victim, rows: 0.0)
+    made = AdvParams().lock(plain, digits, rng=np.random.default_rng(1))
+    assert digits.score(made.model) <= 0.15
+
+
 def test_the_gradient_s_choice_locks_and_not_the_size_of_the_change(
     digits: Task, plain: nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:

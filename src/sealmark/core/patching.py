@@ -208,6 +208,14 @@ class Victim:
             answers = self._answers({}, rows)
             return float(self._task.loss(answers.roll(1, 0), rows.targets))
 
+    def serves(self, changed: Mapping[str, Tensor], rows: Batch) -> bool:
+        """Whether the task's metric tells the model from one that gives every row the same answer."""
+        with torch.no_grad():
+            answers = self._answers(changed, rows)
+            same = self._answers({}, rows).mean(0, keepdim=True).expand_as(answers)
+        targets = rows.targets.cpu()
+        return self._task.metric(answers.cpu(), targets) > self._task.metric(same.cpu(), targets)
+
     def gradients(self, changed: Mapping[str, Tensor], rows: Batch) -> dict[str, Tensor]:
         """Of the loss, by name of a weight tensor; 0 where the answers do not depend on it."""
         leaves = {name: tensor.detach().requires_grad_() for name, tensor in changed.items()}
