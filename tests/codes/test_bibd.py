@@ -100,6 +100,39 @@ def test_the_and_of_three_words_covers_their_users_alone():
     assert np.take_along_axis(covered, teams, 1).all()
 
 
+def test_interleaving_hides_two_from_the_subset_test_and_frames_nobody():
+    """Why it is no test for words that were mixed bit by bit: each of the two misses zeros of its own."""
+    rng, hidden = np.random.default_rng(0), 0
+    for _ in range(300):
+        team = rng.choice(31, 2, replace=False)
+        word = np.where(rng.uniform(size=31) < 0.5, *CODE.words[team])
+        covered = set(np.flatnonzero(CODE.covered(word)))
+        assert covered <= set(team)
+        hidden += not covered
+    assert hidden / 300 == pytest.approx((1 - 2**-5) ** 2, abs=0.04)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_one_zero_read_as_a_one_clears_a_colluder(size):
+    word = CODE.words[:size].min(0)
+    own = np.flatnonzero((CODE.words[0] == 0) & (CODE.words[1:size] == 1).all(0))
+    word[own[0]] = 1
+    assert CODE.covered(word).nonzero()[0].tolist() == list(range(1, size))
+
+
+def test_one_one_read_as_a_zero_lets_five_frame_somebody_and_four_nobody():
+    """Somebody else shares a zero with each of five; where it has these five apart, the sixth is enough."""
+    rng, framed_by = np.random.default_rng(0), {4: 0, 5: 0}
+    for size in framed_by:
+        for _ in range(200):
+            team = rng.choice(31, size, replace=False)
+            word = CODE.words[team].min(0)
+            wrong = np.repeat(word[None], 31, 0) * (1 - np.eye(31, dtype=np.uint8))
+            framed_by[size] += bool((CODE.covered(wrong).sum(1) > size).any())
+    assert framed_by[4] == 0
+    assert framed_by[5] > 100
+
+
 def test_an_average_of_up_to_five_is_read_as_their_and():
     rng = np.random.default_rng(0)
     for size in (1, 2, 3, 4, 5):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hmac
+
 import numpy as np
 import pytest
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
@@ -12,10 +14,11 @@ from hypothesis import strategies as st
 from scipy.stats import chisquare, kstest
 
 from sealmark.core.errors import ParameterError
-from sealmark.crypto.random import Stream, derive_key
+from sealmark.crypto.random import Stream, Streams, derive_key
 
 KEY = bytes(range(32))
 STREAM = Stream(KEY)
+STREAMS = Streams(KEY)
 
 
 def test_bytes_are_the_blocks_of_the_counter() -> None:
@@ -112,3 +115,44 @@ def test_equal_words_keep_their_order_on_every_machine(monkeypatch: pytest.Monke
     stream = Stream(bytes(32))
     monkeypatch.setattr(Stream, "words", lambda self, count: np.zeros(count, np.uint64))
     assert stream.permutation(100).tolist() == list(range(100))
+
+
+def test_a_name_has_the_blocks_of_a_counter_from_its_mac() -> None:
+    derived = HKDF(SHA256(), 64, b"", b"sealmark/streams/v1").derive(KEY)
+    first = int.from_bytes(hmac.digest(derived[:32], b"alice", "sha256")[:16], "big")
+    blocks = b"".join(((first + i) % 2**128).to_bytes(16, "big") for i in range(3))
+    encryptor = Cipher(algorithms.AES256(derived[32:]), modes.ECB()).encryptor()  # noqa: S305  (the independent route)
+    assert STREAMS.raw(["alice"], 40)[0].tobytes() == encryptor.update(blocks)[:40]
+
+
+def test_a_name_has_the_same_stream_in_any_company() -> None:
+    many = [f"user{i}" for i in range(100)]
+    assert np.array_equal(STREAMS.raw(many, 24)[17:18], STREAMS.raw(["user17"], 30)[:, :24])
+    assert len(np.unique(STREAMS.raw(many, 8), axis=0)) == 100
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [("a", "b"), ("", " "), ("\u00e9", "e\u0301"), ("\ud800", "\udfff"), ("\U0001f600", "\ud83d\ude00")],
+)
+def test_names_that_differ_in_a_code_point_have_other_streams(one: str, other: str) -> None:
+    found = STREAMS.raw([one, other], 16)
+    assert not np.array_equal(found[0], found[1])
+
+
+def test_bytes_of_names_are_fair_and_follow_the_key() -> None:
+    drawn = STREAMS.raw([f"user{i}" for i in range(1000)], 50)
+    assert chisquare(np.bincount(drawn.reshape(-1), minlength=256)).pvalue > 1e-3
+    assert not np.array_equal(drawn[:1], Streams(bytes(32)).raw(["user0"], 50))
+
+
+@pytest.mark.parametrize(("names", "count"), [([], 5), (["a", "b"], 0)])
+def test_no_names_or_no_bytes_are_an_empty_table(names: list[str], count: int) -> None:
+    assert STREAMS.raw(names, count).shape == (len(names), count)
+
+
+def test_streams_refuse_a_short_key_and_a_negative_count() -> None:
+    with pytest.raises(ParameterError, match="32 bytes"):
+        Streams(bytes(16))
+    with pytest.raises(ParameterError, match="0 or more"):
+        STREAMS.raw(["a"], -1)

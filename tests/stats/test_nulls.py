@@ -17,7 +17,14 @@ from sealmark.core.errors import ParameterError
 from sealmark.core.evidence import Basis, Null
 from sealmark.crypto.random import Stream
 from sealmark.stats.calibration import super_uniformity
-from sealmark.stats.nulls import Binomial, IndependentSum, KeyedProjection, Permutation, Population
+from sealmark.stats.nulls import (
+    Binomial,
+    Hypergeometric,
+    IndependentSum,
+    KeyedProjection,
+    Permutation,
+    Population,
+)
 
 ROUNDING = 1e-9
 
@@ -362,7 +369,37 @@ class TestRanks:
         (KeyedProjection(signs=False), "a projection on keyed normal directions"),
         (Permutation((1.0, 2.0)), "rank among 2 fresh secrets"),
         (Population((1.0,)), "rank among 1 independent models"),
+        (Hypergeometric(40, 16, 15), "overlap of 15 picked and 16 drawn of 40"),
     ],
 )
 def test_a_law_is_told_in_words(null: Null, words: str) -> None:
     assert str(null) == words
+
+
+class TestHypergeometric:
+    @pytest.mark.parametrize(("total", "size", "picked"), [(7, 3, 4), (8, 6, 5), (6, 0, 3), (5, 5, 2), (9, 4, 0)])
+    def test_the_tail_is_that_of_all_sets(self, total: int, size: int, picked: int) -> None:
+        null, chosen = Hypergeometric(total, size, picked), set(range(picked))
+        overlaps = [len(chosen & set(drawn)) for drawn in itertools.combinations(range(total), size)]
+        for k in range(-1, min(size, picked) + 1):
+            exact = sum(overlap >= k for overlap in overlaps) / len(overlaps)
+            assert math.exp(null.log_p(k)) == pytest.approx(exact, rel=1e-12)
+        assert null.log_p(min(size, picked) + 1) == -math.inf
+        assert null.floor == null.log_p(min(size, picked))
+        assert null.basis is Basis.EXACT
+
+    def test_it_is_the_same_whichever_of_the_two_sets_was_drawn(self) -> None:
+        for k in range(15):
+            assert Hypergeometric(40, 14, 16).log_p(k) == pytest.approx(Hypergeometric(40, 16, 14).log_p(k))
+
+    def test_whoever_picks_all_or_nothing_proves_nothing(self) -> None:
+        for picked in (0, 40):
+            assert Hypergeometric(40, 16, picked).floor == 0
+
+    def test_a_tail_too_small_for_a_double_is_a_logarithm(self) -> None:
+        assert Hypergeometric(4000, 2000, 2000).floor == pytest.approx(-math.log(math.comb(4000, 2000)))
+
+    @pytest.mark.parametrize("bad", [(0, 0, 0), (5, 6, 1), (5, 1, 6), (5, -1, 1), (5, 1, -1)])
+    def test_impossible_counts_are_refused(self, bad: tuple[int, int, int]) -> None:
+        with pytest.raises(ParameterError, match="bad hypergeometric null"):
+            Hypergeometric(*bad)

@@ -1,1 +1,1 @@
-"""Collusion-resistant codes."""
+"""Codes that resist collusion, and codes that correct errors."""

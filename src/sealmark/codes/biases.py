@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,7 +12,9 @@ from sealmark.core.errors import ParameterError
 from sealmark.crypto.random import Stream
 
 DISCRETE_UP_TO = 10  # colluders; above, the arcsine law's convergence makes up for its heavier tails
-_UNIT = 2.0**32
+UNIT = 2**16  # biases are multiples of its inverse, so that a 16-bit draw meets them exactly
+
+Law = Literal["auto", "nuida", "arcsine"]
 
 
 def nuida(colluders: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -50,24 +53,40 @@ def arcsine(colluders: int, uniform: NDArray[np.float64]) -> NDArray[np.float64]
     return np.asarray(np.sin(least + uniform * (math.pi / 2 - 2 * least)) ** 2)
 
 
-def draw_biases(stream: Stream, length: int, colluders: int) -> NDArray[np.float64]:
-    """Secret biases of a code: (length,), multiples of 2**-32, so that a 32-bit draw meets them exactly.
+def draw_biases(stream: Stream, length: int, colluders: int, law: Law = "auto") -> NDArray[np.float64]:
+    """Secret biases of a code: (length,), multiples of 2**-16 from 2**-16 to 1 - 2**-16.
 
-    Nuida's law up to ten colluders, the arcsine law above.
+    The rounding costs nothing in proof, since scores and their law know the rounded ones. Above 218
+    colluders the least of them takes the place of Tardos's cutoff, which is smaller.
+
+    Args:
+        stream: of the secret.
+        length: positions.
+        colluders: the coalition that the code is made for.
+        law: "nuida", "arcsine", or "auto": Nuida's up to ten colluders, the arcsine law above.
+
+    Raises:
+        ParameterError: another law.
     """
+    if law not in get_args(Law):
+        raise ParameterError("unknown law of biases", expected=" or ".join(get_args(Law)), found=law)
     uniform = stream.uniform(length)
-    if colluders <= DISCRETE_UP_TO:
+    if law == "nuida" or (law == "auto" and colluders <= DISCRETE_UP_TO):
         points, chances = nuida(colluders)
         biases = points[np.searchsorted(np.cumsum(chances[:-1]), uniform)]
     else:
         biases = arcsine(colluders, uniform)
-    return np.rint(biases * _UNIT) / _UNIT
+    return np.clip(np.rint(biases * UNIT), 1, UNIT - 1) / UNIT
 
 
 def code_length(users: int, colluders: int, error: float) -> int:
     """How many positions are asymptotically enough: ``(pi^2 / 2) c^2 ln(n / error)``.
 
-    Laarhoven and de Weger (DCC 74, 2015), for the symmetric score and hard decisions.
+    Laarhoven and de Weger (DCC 74, 2015), for the symmetric score and hard decisions: the limit for many
+    colluders, 4.93 % of Tardos's ``100 c^2 ln(n / error)``. It is no promise for few of them, nor for the
+    stricter bound that `TardosCode.null` is. Measured under that bound, by `benchmarks/tracing.py`, it is more
+    than enough for 2 to 10: of 600 coalitions of each size, in six strategies, every one lost a member (10^4
+    users, error 1e-3, Nuida's law).
 
     Args:
         users: n.

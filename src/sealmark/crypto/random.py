@@ -7,6 +7,9 @@ numbers in the next version; they serve training, never secrets.
 
 from __future__ import annotations
 
+import hmac
+from collections.abc import Sequence
+
 import numpy as np
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from cryptography.hazmat.primitives.hashes import SHA256
@@ -107,6 +110,50 @@ class Stream:
         ordered = np.sort(words)
         equal = bool((ordered[1:] == ordered[:-1]).any())  # else any sort finds the one order
         return np.argsort(words, kind="stable" if equal else "quicksort")
+
+
+class Streams:
+    """A keyed stream for each of any number of names, all under one key: a million of them in seconds.
+
+    A `Stream` a name would cost more in deriving and setting up its key than in what is read of it. Here a
+    name's stream is AES-256 in counter mode from the first 128 bits of its HMAC-SHA-256.
+
+    Args:
+        key: 32 bytes.
+
+    Example:
+        >>> streams = Streams(bytes(32))
+        >>> streams.raw(["alice", "bob"], 3).tolist()
+        [[42, 34, 231], [171, 182, 82]]
+    """
+
+    __slots__ = ("_algorithm", "_names")
+
+    def __init__(self, key: bytes) -> None:
+        if len(key) != 32:
+            raise ParameterError("bad key of streams", expected="32 bytes", found=f"{len(key)} bytes")
+        derived = derive_key(key, salt=b"", info=b"sealmark/streams/v1", length=64)
+        self._names, self._algorithm = derived[:32], algorithms.AES256(derived[32:])
+
+    def raw(self, names: Sequence[str], count: int) -> NDArray[np.uint8]:
+        """The first ``count`` bytes of each name's stream: (N, count) uint8.
+
+        A name is any text, and two texts that differ in a code point are two names.
+
+        Raises:
+            ParameterError: a negative count.
+        """
+        if count < 0:
+            raise ParameterError("bad count", expected="0 or more", found=count)
+        encryptor = Cipher(self._algorithm, modes.CTR(bytes(_BLOCK))).encryptor()
+        out = np.empty(len(names) * count + _BLOCK, np.uint8)
+        view, zeros = out.data, bytes(count)
+        for row, name in enumerate(names):
+            # half a surrogate is no Unicode, but an operating system may hand it out as a part of a name
+            encoded = name.encode("utf-8", "surrogatepass")
+            encryptor.reset_nonce(hmac.digest(self._names, encoded, "sha256")[:_BLOCK])
+            encryptor.update_into(zeros, view[row * count : (row + 1) * count + _BLOCK - 1])
+        return out[: len(names) * count].reshape(len(names), count)
 
 
 _ZEROS = bytes(_CHUNK)

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
+from sealmark.codes.payload import payload_bits, payload_bytes
 from sealmark.core.embedding import Embedding
 from sealmark.core.errors import (
     ForgedSecretError,
@@ -28,7 +29,6 @@ from sealmark.core.evidence import Score
 from sealmark.core.hosts import read_host
 from sealmark.core.modes import evaluating
 from sealmark.core.ownership import Watermark
-from sealmark.core.payload import payload_bits, payload_bytes
 from sealmark.core.secret import Secret
 from sealmark.core.suspect import Access, Suspect
 from sealmark.core.symmetry.structure import normalized_layers

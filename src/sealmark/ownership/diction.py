@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from sealmark.codes.payload import payload_bits, payload_bytes
 from sealmark.core.activations import activations, tapped
 from sealmark.core.card import Card
 from sealmark.core.embedding import Embedding
@@ -20,7 +21,6 @@ from sealmark.core.evidence import Score
 from sealmark.core.hosts import choose_host
 from sealmark.core.modes import device_of, evaluating, torch_generator
 from sealmark.core.ownership import Watermark
-from sealmark.core.payload import payload_bits, payload_bytes
 from sealmark.core.secret import Secret
 from sealmark.core.suspect import Access, Suspect, WhiteBox
 from sealmark.core.task import Batch, Task

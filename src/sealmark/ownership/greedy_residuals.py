@@ -12,12 +12,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from sealmark.codes.payload import payload_bits, payload_bytes
 from sealmark.core.card import Card
 from sealmark.core.errors import ParameterError
 from sealmark.core.evidence import Score
 from sealmark.core.hosts import choose_host, read_host
 from sealmark.core.ownership import Watermark
-from sealmark.core.payload import payload_bits, payload_bytes
 from sealmark.core.secret import Secret
 from sealmark.core.suspect import Access, Suspect
 from sealmark.core.task import Batch, Task

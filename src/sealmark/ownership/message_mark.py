@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from sealmark.codes.payload import payload_bits, payload_bytes
 from sealmark.core.card import Card
 from sealmark.core.errors import ParameterError
-from sealmark.core.payload import payload_bits, payload_bytes
 from sealmark.core.secret import Secret
 from sealmark.ownership._message_pattern import MessagePattern, grid_of, pixel_count, read, spell
 

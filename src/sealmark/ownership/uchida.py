@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from sealmark.codes.payload import payload_bits, payload_bytes
 from sealmark.core.card import Card
 from sealmark.core.embedding import Embedding
 from sealmark.core.errors import ParameterError
@@ -19,7 +20,6 @@ from sealmark.core.evidence import Score
 from sealmark.core.hosts import choose_host, filter_length, mean_filter, read_mean_filter, without_mean_filter
 from sealmark.core.modes import chunks, evaluating
 from sealmark.core.ownership import Watermark
-from sealmark.core.payload import payload_bits, payload_bytes
 from sealmark.core.secret import Secret
 from sealmark.core.suspect import Access, Suspect
 from sealmark.core.task import Batch, Task

@@ -1,9 +1,9 @@
 """Laws of a statistic on suspects that were made without the secret.
 
-`Binomial`, `KeyedProjection` and `IndependentSum` hold for ANY suspect, because the randomness is the
-owner's: the key was drawn independently of it. `Permutation` ranks among fresh secrets on the same
-suspect and holds for the same reason, to the depth of the number drawn. `Population` ranks among
-independently trained models and is as good as that population.
+`Binomial`, `Hypergeometric`, `KeyedProjection` and `IndependentSum` hold for ANY suspect, because the
+randomness is the owner's: the key was drawn independently of it. `Permutation` ranks among fresh
+secrets on the same suspect and holds for the same reason, to the depth of the number drawn.
+`Population` ranks among independently trained models and is as good as that population.
 
 All p-values are computed as logarithms and never rounded down.
 """
@@ -291,3 +291,53 @@ class Population(_Ranked):
     def of(cls, statistics: Iterable[float]) -> Self:
         """From the statistic of each model."""
         return cls(tuple(float(value) for value in statistics))
+
+
+@dataclass(frozen=True)
+class Hypergeometric(Null):
+    """Members of a keyed set among others that were picked without it: exact, whoever picked them and how.
+
+    A uniform set of ``size`` out of ``total`` was drawn, and ``picked`` of the ``total`` were chosen by anybody
+    who does not know it.
+
+    Args:
+        total: of what there is.
+        size: of the keyed set.
+        picked: how many were chosen.
+
+    Raises:
+        ParameterError: total < 1, or more drawn or picked than there is.
+
+    Example:
+        >>> round(math.exp(-Hypergeometric(40, 16, 16).floor))
+        62852101650
+    """
+
+    total: int
+    size: int
+    picked: int
+    basis = Basis.EXACT
+
+    def __post_init__(self) -> None:
+        if self.total < 1 or not 0 <= self.size <= self.total or not 0 <= self.picked <= self.total:
+            raise ParameterError(
+                "bad hypergeometric null", expected="0 <= size, picked <= total, 1 <= total", found=self
+            )
+
+    def __str__(self) -> str:
+        return f"overlap of {self.picked} picked and {self.size} drawn of {self.total}"
+
+    def log_p(self, statistic: float) -> float:
+        """Log P(overlap >= statistic), summed in integers."""
+        least = max(0, self.picked + self.size - self.total)
+        first, last = max(least, math.ceil(statistic)), min(self.picked, self.size)
+        if first <= least:
+            return 0.0
+        rest = self.total - self.size
+        ways = sum(math.comb(self.size, k) * math.comb(rest, self.picked - k) for k in range(first, last + 1))
+        return math.log(ways) - math.log(math.comb(self.total, self.picked)) if ways else -math.inf
+
+    @property
+    def floor(self) -> float:
+        """Log P that the overlap is as large as it can be."""
+        return self.log_p(min(self.picked, self.size))
