@@ -273,10 +273,10 @@ def test_a_live_original_lends_its_order_and_weights_alone_do_not(original: nn.M
 def test_a_suspect_that_cannot_be_aligned_is_taken_as_it_is(
     original: nn.Module, secret: Secret, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(*_: object) -> None:
+    def refuse(*_: object, **__: object) -> None:
         raise UnsupportedError("no structure")
 
-    monkeypatch.setattr("sealmark.core.identity.aligned", refuse)
+    monkeypatch.setattr("sealmark.core.leak.align", refuse)
     suspect = WhiteBox(MARK.issue(original, secret, "user-7").model)
     found = MARK.trace(suspect, secret, USERS, original=original)
     assert [entry.user for entry in found.accused] == ["user-7"]

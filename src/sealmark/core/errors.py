@@ -16,7 +16,11 @@
     ├── PolicyError               refused by rule: ask the owner                  exit 1
     │   ├── WrongKeyError         this key does not open this artifact
     │   ├── UntrustedError        signed by nobody whom the caller trusts
-    │   ├── ExpiredError          outside its time of validity
+    │   ├── DeviceMismatchError   granted to other devices than this one
+    │   ├── ClockRollbackError    the clock was set back
+    │   ├── NotYetValidError      before its time of validity
+    │   ├── ExpiredError          after its time of validity
+    │   ├── StaleListError        a revocation list older than one already seen
     │   └── RevokedError          the user was revoked
     └── ServiceError              a service or the machine failed: try again      exit 4
 
@@ -155,10 +159,34 @@ class UntrustedError(PolicyError):
     code = "UNTRUSTED"
 
 
+class DeviceMismatchError(PolicyError):
+    """Granted to other devices than this one."""
+
+    code = "DEVICE_MISMATCH"
+
+
+class ClockRollbackError(PolicyError):
+    """This machine's clock shows less than it, or a signed document, showed before."""
+
+    code = "CLOCK_ROLLBACK"
+
+
+class NotYetValidError(PolicyError):
+    """Used before its time of validity."""
+
+    code = "NOT_YET_VALID"
+
+
 class ExpiredError(PolicyError):
-    """Used before or after its time of validity."""
+    """Used after its time of validity."""
 
     code = "EXPIRED"
+
+
+class StaleListError(PolicyError):
+    """A list of the revoked that is older than one already seen, or than the caller allows."""
+
+    code = "STALE_LIST"
 
 
 class RevokedError(PolicyError):

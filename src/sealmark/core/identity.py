@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, final
 
@@ -13,11 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from sealmark.core.errors import ModelMismatchError, ParameterError, UnsupportedError
+from sealmark.core.errors import ModelMismatchError, ParameterError
 from sealmark.core.evidence import DEFAULT_ALPHA, Basis, Evidence, Null, Score, Verdict, check_alpha, judge
+from sealmark.core.leak import recover
 from sealmark.core.scheme import Scheme
 from sealmark.core.secret import Secret
-from sealmark.core.suspect import Access, Suspect, aligned
+from sealmark.core.suspect import Access, Suspect
 from sealmark.core.task import Task
 from sealmark.core.weights import Progress, TensorMap, Weights, rewrite_file, rewrite_model, weights_of
 
@@ -77,6 +78,7 @@ class Accusation:
         scheme: the scheme's public name.
         commitment: of the secret.
         details: further figures.
+        suspicion: of everybody, in the order that they were named in, for a plot; not in `as_dict`.
     """
 
     verdict: Verdict
@@ -89,10 +91,13 @@ class Accusation:
     scheme: str
     commitment: str
     details: Mapping[str, Any] = field(default_factory=dict)
+    suspicion: Suspicion | None = field(default=None, repr=False, compare=False)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
-        return asdict(self) | {"verdict": self.verdict.value, "basis": self.basis.value}
+        plain = asdict(replace(self, suspicion=None)) | {"verdict": self.verdict.value, "basis": self.basis.value}
+        del plain["suspicion"]
+        return plain
 
 
 class UserMark(Scheme):
@@ -170,8 +175,9 @@ class UserMark(Scheme):
             secret: of `enroll`.
             users: everyone to whom copies were issued.
             alpha: bound on the probability of accusing anyone innocent, over all users together.
-            original: the owner's unmarked model, for non-blind schemes. Where it is a live model the
-                suspect's hidden units are first put back into its order, scale and sign.
+            original: the owner's unmarked model, for non-blind schemes. The suspect's tensors are first
+                found under whatever names they have there; where it is a live model, hidden units are put
+                back into its order, scale and sign. See `recover`; the note says what was undone.
             commitment: published before release; a secret that does not open it is refused.
 
         Raises:
@@ -181,34 +187,9 @@ class UserMark(Scheme):
             ForgedSecretError: the secret does not re-derive or open the commitment.
         """
         check_alpha(alpha)
-        names = list(users)
-        if not names or len(set(names)) != len(names):
-            raise ParameterError("bad list of users", expected="one or more, each once", found=len(names))
+        names = check_users(users)
         found = self._suspicion(suspect, secret, names, original, commitment)
-        order = np.argsort(-found.statistics, kind="stable")
-        ranked, guilty = list[Ranked](), 0
-        for index in order:
-            log_p = min(0.0, found.null.log_p(float(found.statistics[index])) + math.log(len(names)))
-            if log_p > math.log(alpha) and len(ranked) >= _RANKED:
-                break
-            guilty += log_p <= math.log(alpha)
-            ranked.append(
-                Ranked(names[index], float(found.statistics[index]), math.exp(log_p), log_p / math.log(10))
-            )
-        accused = tuple(ranked[:guilty])
-        reachable = found.null.floor + math.log(len(names)) <= math.log(alpha)
-        return Accusation(
-            verdict=Verdict.MATCH if accused else Verdict.NO_MATCH if reachable else Verdict.INCONCLUSIVE,
-            accused=accused,
-            ranking=tuple(ranked[:_RANKED]),
-            alpha=alpha,
-            users=len(names),
-            null=str(found.null),
-            basis=found.null.basis,
-            scheme=self.name,
-            commitment=secret.commitment,
-            details=dict(found.details),
-        )
+        return accuse(found, names, alpha=alpha, scheme=self.name, commitment=secret.commitment)
 
     @final
     def authenticate(
@@ -248,14 +229,12 @@ class UserMark(Scheme):
         weights = None if original is None else weights_of(original)
         if weights is not None:
             check_model(weights, secret)
-        if not isinstance(original, nn.Module):
+        if original is None or weights is None or not Access.WEIGHTS & suspect.access:
             return self.suspicion(suspect, secret, users, weights)
-        try:
-            note, suspect = aligned(suspect, original)
-        except (ModelMismatchError, UnsupportedError) as error:
-            note = {"impossible": str(error)}
+        note, suspect = recover(suspect, original if isinstance(original, nn.Module) else weights)
         found = self.suspicion(suspect, secret, users, weights)
-        return Suspicion(found.statistics, found.null, {**found.details, "alignment": note})
+        details = {**found.details, **note, "original": weights.digest()}
+        return Suspicion(found.statistics, found.null, details)
 
 
 class WeightMark(UserMark):
@@ -315,6 +294,53 @@ class WeightMark(UserMark):
             raise ParameterError("bad user", expected="a name", found="an empty one")
         self.check_secret(secret)
         check_model(weights, secret)
+
+
+def check_users(users: Sequence[str]) -> list[str]:
+    """The users to look at.
+
+    Raises:
+        ParameterError: none, or one twice.
+    """
+    names = list(users)
+    if not names or len(set(names)) != len(names):
+        raise ParameterError("bad list of users", expected="one or more, each once", found=len(names))
+    return names
+
+
+def accuse(found: Suspicion, users: Sequence[str], *, alpha: float, scheme: str, commitment: str) -> Accusation:
+    """Whoever is suspected by more than chance allows, over all users together.
+
+    Args:
+        found: how much each user is suspected, in the order of ``users``.
+        users: everyone who was looked at; p-values are corrected for their number.
+        alpha: bound on the chance that anyone innocent is accused.
+        scheme: for the record.
+        commitment: of the secret.
+    """
+    order = np.argsort(-found.statistics, kind="stable")
+    ranked, guilty = list[Ranked](), 0
+    for index in order:
+        log_p = min(0.0, found.null.log_p(float(found.statistics[index])) + math.log(len(users)))
+        if log_p > math.log(alpha) and len(ranked) >= _RANKED:
+            break
+        guilty += log_p <= math.log(alpha)
+        ranked.append(Ranked(users[index], float(found.statistics[index]), math.exp(log_p), log_p / math.log(10)))
+    accused = tuple(ranked[:guilty])
+    reachable = found.null.floor + math.log(len(users)) <= math.log(alpha)
+    return Accusation(
+        verdict=Verdict.MATCH if accused else Verdict.NO_MATCH if reachable else Verdict.INCONCLUSIVE,
+        accused=accused,
+        ranking=tuple(ranked[:_RANKED]),
+        alpha=alpha,
+        users=len(users),
+        null=str(found.null),
+        basis=found.null.basis,
+        scheme=scheme,
+        commitment=commitment,
+        details=dict(found.details),
+        suspicion=found,
+    )
 
 
 def check_model(weights: Weights, secret: Secret) -> None:

@@ -11,8 +11,9 @@
     │       └── LoadLock       opens files too                 unlocker
     │           ├── WeightLock tensor by tensor, no data       locker
     │           └── PatchLock  chosen weights are damaged      choose
-    ├── UserMark           which user is this?         enroll, issue, trace, authenticate
+    ├── UserMark           whose copy is this?         enroll, issue, trace, authenticate
     │   └── WeightMark     the same on files           marker, suspicion
+    ├── CredentialMark     which user asks?            enroll, issue, authenticate, trace
     └── Seal               was it changed?             seal, check, restore
         └── WeightSeal     the same on files           sealer, opener
 

@@ -82,6 +82,8 @@ class Deepmarks(UserMark):
         "innocent in any case, nobody on the base, 9 independent models and with 3 wrong secrets. The paper's "
         "subset test names all 31 on the base, and innocents on 2 of 3 overwritten copies",
         broken_by=(
+            "the minority's vote among three copies, or their average marked again by deepmarks with another "
+            "secret, at no cost in accuracy: nobody was named in 3 of 3 seeds (measured)",
             "the elementwise minimum or maximum of three copies, for at most 0.4 points of accuracy: nobody was "
             "named in 4 of 6 cases (measured)",
             "permuting the layer's inputs, or dummy neurons, at no cost in accuracy (Yan et al. 2022, 2023), "

@@ -24,6 +24,7 @@ from sealmark.core.weights import TensorInfo, TensorMap, Weights
 _CARRIERS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _LEAST = 8  # weights a bit; the fewest with which a copy is still traced after half of them are pruned
 _PART = 1 << 20
+_SAMPLE = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,10 @@ class SpreadSpectrum(WeightMark):
         broken_by=(
             "permuting neurons, at no cost in accuracy (Pan et al. 2022), unless the suspect is aligned to the "
             "original first",
-            "more colluders than the code is made for: nobody is accused",
+            "the vote of the majority, or the median, of six copies at the default length for three: nobody is "
+            "accused; the average of six still names five (measured)",
+            "averaging with an independently trained model: half of it leaves p at 1e-12, digits at 58 to 67 % and "
+            "the leaker named; with 70 % of it nobody is named in 3 of 3 seeds (measured)",
             "distillation or training a new model on its answers: the weights are new",
         ),
         deviations=("soft decoding", "proven bound instead of a Gaussian threshold", "keyed users"),
@@ -149,13 +153,13 @@ class SpreadSpectrum(WeightMark):
                 skipped.append(name)
                 continue
             before, after = (weights[name].cpu().reshape(-1) for weights in (original, suspect.weights))
-            read += reading.take(name, before, after, self.strength * deviation)
+            read += reading.take(name, _explained(before, after), after, self.strength * deviation)
         if len(skipped) == len(carriers):
             raise ModelMismatchError(
                 "the suspect has another form",
                 expected=f"tensors like {sorted(carriers)[:3]}",
                 found=list(suspect.weights)[:3],
-                advice="name its tensors as in the original, or use a scheme that reads answers",
+                advice="check that it is a copy of this model, or use a scheme that reads answers",
             )
         symbols = reading.symbols()
         level = float(np.sqrt((symbols**2).mean()))
@@ -184,6 +188,20 @@ def _carries(info: TensorInfo) -> bool:
 
 def _same_form(found: TensorInfo | None, expected: TensorInfo) -> bool:
     return found is not None and found.is_float and found.shape == expected.shape
+
+
+def _explained(original: Tensor, suspect: Tensor) -> Tensor:
+    """The original times what is left of it, by least squares on a sample: less, where others were mixed in.
+
+    ``(1 - t) (w0 + mark) + t other - (1 - t) w0`` has less noise than the same less ``w0``. Pruned weights say
+    nothing.
+    """
+    step = max(1, len(original) // _SAMPLE)
+    before, after = original[::step].double(), suspect[::step].double()
+    kept = (after != 0) & after.isfinite()
+    before, after = before[kept], after[kept]
+    power = float(before.dot(before))
+    return original.float() * (float(before.dot(after)) / power) if power > 0 else original
 
 
 def _deviation(tensor: Tensor) -> float:

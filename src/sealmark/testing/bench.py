@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from sealmark.core import registry
+from sealmark.core.credentials import Credential, CredentialMark, Enrolled
 from sealmark.core.errors import PolicyError, UnsupportedError
 from sealmark.core.identity import UserMark
 from sealmark.core.integrity import Seal
@@ -104,6 +105,15 @@ class Bench:
         start = self.plain if scheme.card.needs_trained else self.task.model(np.random.default_rng(0))
         return self.make(("secret", scheme), lambda: scheme.keygen(start, self.task, rng=np.random.default_rng(1)))
 
+    def enrolled(self, scheme: CredentialMark) -> Enrolled:
+        """The plain model as it is served to users with credentials, and the owner's secret."""
+        return Enrolled(*self.protect(scheme))
+
+    def credential(self, scheme: CredentialMark, user: str) -> Credential:
+        """One user's."""
+        model, secret = self.protect(scheme)
+        return self.make((scheme, user), lambda: scheme.issue(model, secret, user, task=self.task))
+
     def locked(self, scheme: Lock) -> tuple[nn.Module, Secret]:
         """The plain model as the lock ships it, and the key; also of a scheme that is a watermark as well."""
 
@@ -137,6 +147,9 @@ class Bench:
         if isinstance(scheme, UserMark):
             secret = scheme.enroll(self.plain, self.task, users=users_of(scheme), rng=rng)
             return scheme.issue(self.plain, secret, USERS[0], task=self.task).model, secret
+        if isinstance(scheme, CredentialMark):
+            enrolled = scheme.enroll(self.plain, self.task, rng=rng)
+            return enrolled.model, enrolled.secret
         if isinstance(scheme, Seal):
             sealed = scheme.seal(self.plain, self.task, rng=rng)
             return sealed.model, sealed.secret

@@ -8,7 +8,9 @@ from typing import Any
 
 from sealmark.core import registry
 from sealmark.core.attack import Attack, Forgery, Modification
+from sealmark.core.credentials import CredentialMark
 from sealmark.core.identity import UserMark
+from sealmark.core.impersonation import Impersonation
 from sealmark.core.integrity import Seal, WeightSeal
 from sealmark.core.lock import Lock
 from sealmark.core.ownership import Verifiable, Watermark
@@ -16,9 +18,11 @@ from sealmark.core.scheme import Scheme
 from sealmark.core.unlocking import Unlocking
 from sealmark.testing import (
     attacks,
+    credentials,
     forgeries,
     general,
     identity,
+    impersonation,
     integrity,
     locks,
     ownership,
@@ -48,11 +52,13 @@ _KINDS: tuple[tuple[type, Any], ...] = (
     (Watermark, watermarks),
     (Lock, locks),
     (UserMark, identity),
+    (CredentialMark, credentials),
     (Seal, integrity),
     (WeightSeal, weight_seals),
     (Modification, attacks),
     (Forgery, forgeries),
     (Unlocking, unlocking),
+    (Impersonation, impersonation),
 )
 
 

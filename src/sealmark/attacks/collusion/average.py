@@ -5,13 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from sealmark.attacks.collusion._copies import combined
 from sealmark.core.attack import Modification, Resources
 from sealmark.core.card import AttackCard
-from sealmark.core.errors import ModelMismatchError
 from sealmark.core.modes import chunks, evaluating
 
 
@@ -50,34 +49,10 @@ class Average(Modification):
         Raises:
             ModelMismatchError: the copies are not of one model.
         """
-        result, states = copies[0], [copy.state_dict() for copy in copies]
-        _check_alike(states)
-        merged = {name: _mean([state[name] for state in states]) for name in states[0]}
-        result.load_state_dict(merged)
+        result = combined(copies, lambda stack: stack.mean(0))
         if self.recalibrate and resources.rows.rows > 1:
             _recalibrate(result, resources.rows.inputs)
         return result, 0
-
-
-def _mean(tensors: list[Tensor]) -> Tensor:
-    if not (isinstance(tensors[0], Tensor) and tensors[0].is_floating_point()):
-        return tensors[0]
-    total = torch.zeros_like(tensors[0], dtype=torch.float64)
-    for tensor in tensors:
-        total += tensor
-    return (total / len(tensors)).to(tensors[0].dtype)
-
-
-def _check_alike(states: list[dict[str, Tensor]]) -> None:
-    forms = [{k: tuple(v.shape) for k, v in state.items() if isinstance(v, Tensor)} for state in states]
-    for form in forms[1:]:
-        if form != forms[0]:
-            different = sorted({name for name, _ in form.items() ^ forms[0].items()})
-            raise ModelMismatchError(
-                "cannot average copies of different models",
-                expected="the same tensors in every copy",
-                found=f"differences in {different[:5]}",
-            )
 
 
 def _recalibrate(model: nn.Module, inputs: Tensor) -> None:
