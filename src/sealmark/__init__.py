@@ -17,6 +17,7 @@ _HOMES = {
     "WeightFile": "core.suspect",
     "WhiteBox": "core.suspect",
     "attack": "core.registry",
+    "open": "runtime.licensed",
     "scheme": "core.registry",
     "scheme_of": "core.registry",
     "task": "core.registry",

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import json
+import sys
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint
 from pathlib import Path
@@ -12,17 +13,16 @@ import torch
 
 from sealmark.core import registry
 from sealmark.core.errors import ServiceError
-from sealmark.core.identity import Issued, Suspicion, UserMark, WeightMark
+from sealmark.core.identity import Issued, Suspicion, UserMark
 from sealmark.core.integrity import CodeNull
 from sealmark.core.registry import scheme
 from sealmark.core.suspect import Access
 from sealmark.core.weights import weights_of
 from sealmark.crypto.signing import VerifyKey
-from sealmark.formats.envelope import verify_document
-from sealmark.formats.license import License, sign_license
 from sealmark.formats.revocation import read_revocations
+from sealmark.runtime import issuing
+from sealmark.runtime.issuing import Copy
 from sealmark.tasks.digits import task as digits_task
-from sealmark.vault import Vault
 
 PLAIN = "plain.safetensors"
 TO_THREE = f"issue {PLAIN} --user ada --user b/ob --user Çelik --out copies"
@@ -34,7 +34,7 @@ def listed(sealmark) -> dict:
 
 def copies() -> dict[str, str]:
     """Each user's copy, in the folder that `TO_THREE` makes."""
-    files = sorted(Path("copies").iterdir())
+    files = sorted(Path("copies").glob("*.safetensors"))
     starts = {"ada": "ada", "b/ob": "b_ob", "Çelik": "_elik"}
     return {user: str(next(f for f in files if f.name.startswith(start))) for user, start in starts.items()}
 
@@ -80,55 +80,6 @@ def test_a_folder_of_shards_gives_folders_of_shards(sealmark, desk):
     assert Path("copies/ada/model.safetensors").is_file()
 
 
-@pytest.mark.parametrize("user", ["ada", "b/ob", "Çelik"])
-def test_trace_names_the_leaker_and_nobody_else(sealmark, desk, user):
-    sealmark(TO_THREE)
-    found = json.loads(sealmark(f"trace '{copies()[user]}' --secret plain --original {PLAIN} --json").stdout)
-    assert [entry["user"] for entry in found["accused"]] == [user]
-    assert found["alpha"] == 1e-6
-
-
-def test_trace_prints_the_bound_and_a_ranking(sealmark, desk):
-    sealmark(TO_THREE)
-    text = sealmark(f"trace {copies()['ada']} --secret plain --original {PLAIN}").stdout
-    assert "anyone innocent of 3 users is accused with chance at most 1e-06" in text
-    assert "b/ob" in text
-
-
-def test_trace_of_an_average_names_a_colluder(sealmark, desk):
-    sealmark(TO_THREE)
-    files = " ".join(f"'{copies()[user]}'" for user in ("ada", "Çelik"))
-    sealmark(f"attack average {files} --task digits --out average.safetensors")
-    found = json.loads(sealmark(f"trace average.safetensors --secret plain --original {PLAIN} --json").stdout)
-    accused = {entry["user"] for entry in found["accused"]}
-    assert accused
-    assert accused <= {"ada", "Çelik"}
-
-
-def test_trace_of_an_innocent_model_accuses_nobody(sealmark, desk):
-    sealmark(TO_THREE)
-    result = sealmark(f"trace marked.safetensors --secret plain --original {PLAIN}", code=1)
-    assert "nobody" in result.stdout
-
-
-def test_trace_of_the_original_itself_is_inconclusive(sealmark, desk):
-    sealmark(TO_THREE)
-    result = sealmark(f"trace {PLAIN} --secret plain --original {PLAIN}", code=1)
-    assert "INCONCLUSIVE" in result.stdout
-    assert "cannot reach alpha" in result.stderr
-
-
-def test_trace_keeps_a_signed_accusation(sealmark, desk):
-    sealmark(TO_THREE)
-    line = f"trace {copies()['ada']} --secret plain --original {PLAIN} --evidence-out e.json"
-    sealmark(line)
-    anchor = VerifyKey.parse(listed(sealmark)["public"]["verify"])
-    body = verify_document(Path("e.json").read_bytes(), "evidence", [anchor])
-    assert body["type"] == "accusation"
-    assert body["evidence"]["accused"][0]["user"] == "ada"
-    assert listed(sealmark)["evidence"][0]["kind"] == "accusation"
-
-
 def test_a_revoked_user_gets_no_copy(sealmark, desk, contents):
     sealmark(TO_THREE)
     sealmark("revoke ada --reason 'did not pay'")
@@ -154,19 +105,18 @@ def test_the_revocation_list_is_signed_and_its_number_grows(sealmark, desk):
     first = read_revocations(Path("one.json").read_bytes(), anchors)
     second = read_revocations(Path("two.json").read_bytes(), anchors, seen=first.number)
     digests = {user["user"]: user["copy"] for user in listed(sealmark)["users"]}
-    assert [entry.license for entry in first.entries] == [digests["ada"]]
+    licenses = {held["user"]: held["id"] for held in listed(sealmark)["licenses"]}
+    assert [entry.license for entry in first.entries] == [digests["ada"], licenses["ada"]]
     assert second.number > first.number
-    assert {entry.license for entry in second.entries} == {digests["ada"], digests["b/ob"]}
+    both = {named[user] for named in (digests, licenses) for user in ("ada", "b/ob")}
+    assert {entry.license for entry in second.entries} == both
 
 
-def test_a_revoked_users_licenses_are_on_the_list(sealmark, desk):
+def test_a_list_is_written_only_when_it_is_asked_for(sealmark, desk):
     sealmark(TO_THREE)
-    with Vault.open(".sealmark", key_file="vault.key") as vault:
-        for user in ("ada", "Çelik"):
-            vault.add_license(sign_license(License(f"n-{user}", user, model="00"), vault.signing_key))
     told = json.loads(sealmark("revoke ada --json").stdout)
-    copy = next(user["copy"] for user in listed(sealmark)["users"] if user["user"] == "ada")
-    assert [entry["license"] for entry in told["entries"]] == [copy, "n-ada"]
+    assert (told["copies"], told["licenses"], told["list"]) == (1, 1, None)
+    assert json.loads(sealmark("revoke b/ob --out list.json --json").stdout)["list"] == 1
 
 
 @pytest.mark.parametrize(
@@ -185,7 +135,7 @@ def test_a_revoked_users_licenses_are_on_the_list(sealmark, desk):
         ("issue vault.key --user ada --out new", 3, "safetensors"),
         (f"trace {PLAIN} --secret team --original {PLAIN} --evidence-out e.json", 2, "nobody has a copy"),
         (f"trace {PLAIN} --secret mine --original {PLAIN}", 2, "cannot trace with uchida"),
-        ("revoke eve --out list.json", 2, "no copy was issued"),
+        ("revoke eve --out list.json", 2, "nothing was issued"),
     ],
 )
 def test_a_wrong_call_writes_nothing_and_notes_nobody(sealmark, desk, contents, line, code, said):
@@ -196,31 +146,115 @@ def test_a_wrong_call_writes_nothing_and_notes_nobody(sealmark, desk, contents, 
     assert sealmark("vault list --json").stdout == kept
 
 
-def test_trace_without_the_original_says_that_it_is_needed(sealmark, desk):
-    sealmark(TO_THREE)
-    assert "original" in sealmark(f"trace {copies()['ada']} --secret plain", code=2).stderr
+def stopping_at(monkeypatch, user, error):
+    """Lets the copies of others be made, and stops at this user's, once it is written."""
+    real = issuing.rewrite_file
 
+    def stop(source, target, change, **options):
+        real(source, target, change, **options)
+        if target.name.startswith(user):
+            raise error
 
-def test_trace_against_another_original_is_refused(sealmark, desk):
-    sealmark(TO_THREE)
-    sealmark(f"trace {copies()['ada']} --secret plain --original marked.safetensors", code=3)
+    monkeypatch.setattr(issuing, "rewrite_file", stop)
 
 
 @pytest.mark.parametrize(("error", "code"), [(KeyboardInterrupt(), 130), (ServiceError("disk full"), 4)])
-def test_an_interrupted_issue_leaves_no_copy_and_no_user(sealmark, desk, contents, monkeypatch, error, code):
-    real = WeightMark.issue_file
-
-    def stop_at_bob(self, source, target, secret, user, **options):
-        real(self, source, target, secret, user, **options)
-        if user == "bob":
-            raise error
-
+def test_an_issue_that_stops_at_the_first_copy_leaves_nothing(sealmark, desk, contents, monkeypatch, error, code):
     before, kept = contents(), sealmark("vault list --json").stdout
-    monkeypatch.setattr(WeightMark, "issue_file", stop_at_bob)
+    stopping_at(monkeypatch, "ada", error)
     sealmark(f"issue {PLAIN} --user ada --user bob --out copies", code=code)
     assert contents() == before
     assert not Path("copies").exists()
     assert sealmark("vault list --json").stdout == kept
+
+
+def test_an_issue_that_stops_keeps_whole_copies_and_ends_when_run_again(sealmark, desk, monkeypatch):
+    line = f"issue {PLAIN} --user ada --user bob --out copies --expires 30d"
+    with monkeypatch.context() as patch:
+        stopping_at(patch, "bob", ServiceError("disk full"))
+        sealmark(line, code=4)
+    assert sorted(path.name for path in Path("copies").iterdir()) == ["ada.lic", "ada.safetensors"]
+    assert [user["user"] for user in listed(sealmark)["users"]] == ["ada"]
+    first = Path("copies/ada.lic").read_bytes()
+    told = json.loads(sealmark(f"{line} --json").stdout)
+    assert [(copy["user"], copy["made"]) for copy in told["copies"]] == [("ada", False), ("bob", True)]
+    assert Path("copies/ada.lic").read_bytes() == first
+    assert len(listed(sealmark)["licenses"]) == 2
+
+
+def test_a_copy_that_lost_a_bit_is_not_taken_for_whole(sealmark, desk, contents):
+    sealmark(f"issue {PLAIN} --user ada --out ada.safetensors")
+    data = bytearray(Path("ada.safetensors").read_bytes())
+    data[-1] ^= 1
+    Path("ada.safetensors").write_bytes(data)
+    before = contents()
+    assert "is there already" in sealmark(f"issue {PLAIN} --user ada --out ada.safetensors", code=2).stderr
+    assert contents() == before
+    sealmark(f"issue {PLAIN} --user ada --out ada.safetensors --force")
+    assert Path("ada.safetensors").read_bytes() != data
+
+
+def test_a_copy_without_its_license_gets_the_same_license_again(sealmark, desk):
+    sealmark(TO_THREE)
+    first = Path("copies/ada.lic").read_bytes()
+    Path("copies/ada.lic").unlink()
+    sealmark(TO_THREE)
+    assert Path("copies/ada.lic").read_bytes() == first
+
+
+def test_what_a_killed_run_left_behind_is_swept_away(sealmark, desk):
+    Path("copies/.issuing").mkdir(parents=True)
+    Path("copies/.issuing/ada.safetensors").write_bytes(b"half")
+    sealmark(TO_THREE)
+    assert not Path("copies/.issuing").exists()
+
+
+def test_a_copy_that_is_not_the_one_issued_before_is_refused(sealmark, desk, monkeypatch):
+    sealmark(f"issue {PLAIN} --user ada --out a.safetensors")
+    monkeypatch.setattr(Copy, "digest", "0" * 64, raising=False)
+    monkeypatch.setattr(
+        Copy, "__init__", lambda self, user, target, digest: vars(self).update(user=user, target=target)
+    )
+    assert (
+        "not the copy that ada got before"
+        in sealmark(f"issue {PLAIN} --user ada --out b.safetensors", code=3).stderr
+    )
+    assert not Path("b.safetensors").exists()
+
+
+def test_users_come_from_a_file_with_comments(sealmark, desk):
+    Path("users.txt").write_text("# customers\nada\n\nbob\n")
+    sealmark(f"issue {PLAIN} --users-file users.txt --out copies")
+    names = ["ada.lic", "ada.safetensors", "bob.lic", "bob.safetensors"]
+    assert sorted(path.name for path in Path("copies").iterdir()) == names
+
+
+def test_one_user_in_a_file_gets_a_folder_too(sealmark, desk):
+    Path("users.txt").write_text("ada\n")
+    sealmark(f"issue {PLAIN} --users-file users.txt --out copies")
+    assert Path("copies/ada.safetensors").is_file()
+
+
+@pytest.mark.parametrize("form", ["missing", "binary", "empty", "key"])
+def test_a_bad_file_of_users_is_refused(sealmark, desk, form):
+    data = {"binary": b"\xff\xfe", "empty": b"# nobody\n", "key": b"ada\tsealmark-recipient-v1:nonsense\n"}
+    if form in data:
+        Path("users.txt").write_bytes(data[form])
+    sealmark(f"issue {PLAIN} --users-file users.txt --out copies", code=3 if form == "key" else 2)
+    assert not Path("copies").exists()
+
+
+def test_a_mark_that_runs_the_model_takes_no_workers(sealmark, desk, stamp):
+    line = f"issue {PLAIN} --user ada --scheme {stamp} --task digits --out a --workers 2"
+    assert "no --workers" in sealmark(line, code=2).stderr
+
+
+def test_workers_without_ray_say_how_to_get_it(sealmark, desk, contents, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    before = contents()
+    error = sealmark(f"issue {PLAIN} --user ada --user bob --out copies --workers 2", code=2).stderr
+    assert "pip install 'sealmark[ray]'" in error
+    assert contents() == before
 
 
 def test_a_further_user_joins_a_folder_of_copies(sealmark, desk):

@@ -42,7 +42,7 @@ def test_help_groups_the_commands_by_what_they_answer(sealmark):
 
 def test_every_command_has_help_of_its_own(sealmark):
     commands = [command.name or command.callback.__name__ for command in main.app.registered_commands]
-    assert len(commands) == 19
+    assert len(commands) == 24
     for command in commands:
         assert "Usage" in sealmark(f"{command} --help").stdout
 
@@ -65,7 +65,7 @@ def test_a_wrong_call_exits_with_2_and_says_nothing_on_stdout(sealmark, empty, l
 def test_an_error_of_ours_is_one_line_on_stderr(sealmark, empty):
     result = sealmark("schemes nonsense", code=2)
     assert result.stdout == ""
-    assert result.stderr.startswith("error [UNKNOWN_NAME]: no such scheme: expected one of adi,")
+    assert result.stderr.startswith("error [UNKNOWN_NAME]: no such scheme: expected one of activeguard,")
     assert result.stderr.count("\n") == 1
 
 

@@ -12,6 +12,7 @@ from sealmark.crypto.recipients import Identity
 from sealmark.crypto.signing import VerifyKey
 from sealmark.formats.envelope import verify_document
 from sealmark.formats.secret import read_secret
+from sealmark.vault import Vault
 
 PW = {"SEALMARK_KEY_FILE": None, "SEALMARK_PASSPHRASE": "open sesame"}
 
@@ -110,6 +111,16 @@ def test_export_of_one_secret_can_be_read_back(sealmark, desk):
     sealmark("vault export --secret mine --out mine.safetensors")
     assert read_secret("mine.safetensors").commitment == sealmark("vault commitment mine").stdout.strip()
     assert stat.S_IMODE(Path("mine.safetensors").stat().st_mode) == 0o600
+
+
+def test_public_keys_are_printed_and_written_for_others(sealmark, desk):
+    with Vault.open(".sealmark", key_file="vault.key") as vault:
+        recipient, verify = str(vault.recipient), str(vault.verify_key)
+    assert sealmark("vault recipient").stdout.split() == [recipient]
+    assert json.loads(sealmark("vault verify-key --json").stdout) == {"verify": verify}
+    sealmark("vault verify-key --out owner.anchor")
+    assert Path("owner.anchor").read_text() == f"{verify}\n"
+    assert "--force" in sealmark("vault recipient --out owner.anchor", code=2).stderr
 
 
 def test_export_of_the_identity_opens_what_is_for_this_recipient(sealmark, desk):

@@ -130,6 +130,7 @@ def test_a_record_that_was_put_back_to_an_older_state_is_refused(path: Path, key
         edit_with_old.execute("ATTACH ? AS old", (str(path / "old.db"),))
         edit_with_old.execute(
             "UPDATE records SET info = (SELECT info FROM old.records AS o WHERE o.number = records.number)"
+            " WHERE number IN (SELECT number FROM old.records)"
         )
     edit_with_old.close()
     with pytest.raises(TamperedError, match="older"):

@@ -18,7 +18,6 @@ from sealmark.core.secret import Secret, tensor_digest
 from sealmark.crypto.recipients import Identity
 from sealmark.crypto.signing import SigningKey
 from sealmark.formats.envelope import sign_document, verify_document
-from sealmark.formats.license import License, Rights, sign_license
 from sealmark.formats.secret import read_secret
 from sealmark.vault import Vault, export_all
 
@@ -173,7 +172,7 @@ def test_evidence_is_kept_and_comes_back(vault: Vault) -> None:
     record = vault.add_evidence(data, "accusation", "ada")
     assert vault.evidence() == [record]
     assert vault.document(record.id) == data
-    assert (record.kind, record.subject, vault.licenses()) == ("accusation", "ada", [])
+    assert (record.kind, record.subject, vault.license_records()) == ("accusation", "ada", [])
 
 
 def test_the_same_evidence_is_kept_once(vault: Vault) -> None:
@@ -190,13 +189,6 @@ def test_evidence_of_a_stranger_is_kept_only_on_request(vault: Vault) -> None:
         vault.add_evidence(data, "verification", "a")
     vault.add_evidence(data, "verification", "a", anchors=[auditor.verify_key])
     assert len(vault.evidence()) == 1
-
-
-def test_a_license_is_kept_after_its_end(vault: Vault) -> None:
-    data = sign_license(License("7", "ada", MODEL, rights=Rights(not_after=PAST)), vault.signing_key)
-    record = vault.add_license(data)
-    assert vault.licenses() == [record]
-    assert (record.subject, vault.document(record.id)) == ("ada", data)
 
 
 def test_the_contents_hold_nothing_secret(vault: Vault) -> None:

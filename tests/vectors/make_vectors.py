@@ -150,16 +150,18 @@ def licenses() -> list[Vector]:
         "not_before": "2031-01-01T00:00:00Z", "seats": 2,
     }  # fmt: skip
     body = {
-        "id": "7", "issued": "2031-01-01T00:00:00Z", "issuer": kid(OWNER), "mark": "", "model": "ab" * 32,
-        "rights": rights, "scheme": "example", "user": "ada", "wrap": {},
+        "devices": [], "id": "7", "issued": "2031-01-01T00:00:00Z", "issuer": kid(OWNER), "keys": "", "mark": "",
+        "model": "ab" * 32, "rights": rights, "scheme": "example", "user": "ada", "wrap": {},
     }  # fmt: skip
+    keyed = body | {"keys": b64(b"keys"), "wrap": {"type": "example"}}
     missing = {name: value for name, value in body.items() if name != "user"}
     cases: list[tuple[str, str, Vector, Vector]] = [
         ("good", "OK", body, {}),
         ("for ever", "OK", body | {"rights": rights | {"not_after": None, "not_before": None}}, {}),
         ("in the last second of the skew", "OK", body, {"now": "2031-12-31T00:05:00Z"}),
         ("a second after it ended", "EXPIRED", body, {"now": "2031-12-31T00:05:01Z"}),
-        ("a second before it begins", "EXPIRED", body, {"now": "2030-12-31T23:54:59Z"}),
+        ("in the first second of the skew", "OK", body, {"now": "2030-12-31T23:55:00Z"}),
+        ("a second before it begins", "NOT_YET_VALID", body, {"now": "2030-12-31T23:54:59Z"}),
         ("for another model", "MODEL_MISMATCH", body | {"model": "cd" * 32}, {}),
         ("a missing user", "BAD_FORMAT", missing, {}),
         ("a user that is a number", "BAD_FORMAT", body | {"user": 7}, {}),
@@ -167,6 +169,13 @@ def licenses() -> list[Vector]:
         ("seats that are true", "BAD_FORMAT", body | {"rights": rights | {"seats": True}}, {}),
         ("features that are text", "BAD_FORMAT", body | {"rights": rights | {"features": "chat"}}, {}),
         ("a wrapped key that is text", "BAD_FORMAT", body | {"wrap": "key"}, {}),
+        ("with keys", "OK", keyed, {}),
+        ("keys without a wrapped key", "BAD_FORMAT", keyed | {"wrap": {}}, {}),
+        ("a wrapped key without keys", "BAD_FORMAT", keyed | {"keys": ""}, {}),
+        ("keys that are a list", "BAD_FORMAT", keyed | {"keys": []}, {}),
+        ("keys in base64 with unused bits set", "BAD_FORMAT", keyed | {"keys": "a2V5c3=="}, {}),
+        ("devices that are text", "BAD_FORMAT", body | {"devices": "device"}, {}),
+        ("a device that is a number", "BAD_FORMAT", body | {"devices": [7]}, {}),
         ("an unknown right", "BAD_FORMAT", body | {"rights": rights | {"fly": 1}}, {}),
         ("rights that are a list", "BAD_FORMAT", body | {"rights": []}, {}),
         ("a time without a zone", "BAD_FORMAT", body | {"issued": "2031-01-01T00:00:00"}, {}),
@@ -181,6 +190,39 @@ def licenses() -> list[Vector]:
             "data": b64(canonical(envelope(payload(content), "license"))),
         }
         for name, outcome, content, changes in cases
+    ]
+
+
+def revocations() -> list[Vector]:
+    """Read by one who saw list 3, with the license 7 that was issued in the first second of 2031."""
+    entry = {"before": None, "license": "8", "reason": "", "time": "2031-06-01T00:00:00Z"}
+    body = {"entries": [entry], "issued": "2031-06-01T00:00:00Z", "number": 3}
+    missing = {name: value for name, value in entry.items() if name != "before"}
+
+    def listed(**changes: Any) -> Vector:
+        return body | {"entries": [entry | changes]}
+
+    cases: list[tuple[str, str, Vector]] = [
+        ("good", "OK", body),
+        ("empty", "OK", body | {"entries": []}),
+        ("a newer one", "OK", body | {"number": 4}),
+        ("the license", "REVOKED", listed(license="7")),
+        ("the license, if issued before", "REVOKED", listed(license="7", before="2031-01-01T00:00:01Z")),
+        ("the license, if issued before the second", "OK", listed(license="7", before="2031-01-01T00:00:00Z")),
+        ("an older one", "STALE_LIST", body | {"number": 2}),
+        ("number 0", "BAD_FORMAT", body | {"number": 0}),
+        ("a number that is true", "BAD_FORMAT", body | {"number": True}),
+        ("a further field", "BAD_FORMAT", body | {"also": 1}),
+        ("entries that are text", "BAD_FORMAT", body | {"entries": "7"}),
+        ("an entry that is text", "BAD_FORMAT", body | {"entries": ["7"]}),
+        ("an entry with a field too few", "BAD_FORMAT", body | {"entries": [missing]}),
+        ("a license that is a number", "BAD_FORMAT", listed(license=7)),
+        ("a reason that is none", "BAD_FORMAT", listed(reason=None)),
+        ("a day that is not", "BAD_FORMAT", listed(before="2031-02-30T00:00:00Z")),
+    ]
+    return [
+        {"name": name, "outcome": outcome, "data": b64(canonical(envelope(payload(content), "revocation")))}
+        for name, outcome, content in cases
     ]
 
 
@@ -276,7 +318,7 @@ def secrets() -> list[Vector]:
 def build() -> dict[str, str]:
     """The text of each file of vectors."""
     keys = {"owner": raw(OWNER).hex(), "stranger": raw(OTHER).hex()}
-    files = {"envelope": envelopes(), "license": licenses(), "secret": secrets()}
+    files = {"envelope": envelopes(), "license": licenses(), "revocation": revocations(), "secret": secrets()}
     return {
         f"{name}.json": json.dumps({"keys": keys, "vectors": vectors}, indent=1) + "\n"
         for name, vectors in files.items()

@@ -1,34 +1,58 @@
-"""``issue``, ``trace``, ``revoke``: which user is this, who leaked it?"""
+"""``issue``, ``revoke``: who has which copy?"""
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import re
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sealmark.cli.keeping import Where, keep_evidence, stem
-from sealmark.cli.kinds import of_kind, suspect_of
+from sealmark.cli.copies import Delivery, Job, deliver, places, workplace
+from sealmark.cli.credentials import credential_job
+from sealmark.cli.granting import Grant, Person, people
+from sealmark.cli.keeping import Where, stem
+from sealmark.cli.kinds import of_kind
+from sealmark.cli.licenses import hand_out_keys, key_of_level
 from sealmark.cli.options import Architecture, Settings, command
-from sealmark.cli.output import Output, facts, listing, note, p_text, size_of, tensor_progress
-from sealmark.cli.ownership import Alpha, Device, EvidenceOut
-from sealmark.cli.staging import Force, check_free, staged, write_out
-from sealmark.core.errors import ParameterError, RevokedError
+from sealmark.cli.output import Output, listing, note, size_of, tensor_progress
+from sealmark.cli.staging import Force, check_free, write_out
+from sealmark.core.errors import ParameterError, RevokedError, UnknownNameError, UnsupportedError
 
 if TYPE_CHECKING:
-    from sealmark.core.identity import Accusation, UserMark
+    from collections.abc import Generator
+
+    from sealmark.core.identity import UserMark
     from sealmark.core.secret import Secret
+    from sealmark.runtime.issuing import Copy, Order
     from sealmark.vault import Vault
+
+
+@dataclass(frozen=True)
+class Crew:
+    """Who makes the copies."""
+
+    workers: Annotated[int, typer.Option(min=1, help="Copies at a time; more than one takes Ray.")] = 1
+    ray: Annotated[str | None, typer.Option(metavar="HOST:PORT", help="A Ray cluster that you trust.")] = None
+
+    @property
+    def given(self) -> bool:
+        """Whether Ray is asked for."""
+        return self != Crew()
 
 
 @command
 def issue(
     model: Annotated[Path, typer.Argument(help="Your unmarked model: a file or a folder of shards.")],
-    user: Annotated[list[str], typer.Option(metavar="USER", help="Who gets a copy; repeat for more.")],
     out: Annotated[Path, typer.Option(metavar="PATH", help="The copy; for several users a folder.")],
+    user: Annotated[
+        list[str] | None, typer.Option(metavar="USER", help="Who gets a copy; repeat for more.")
+    ] = None,
+    users_file: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="A user a line; after a tab, perhaps, the recipient."),
+    ] = None,
     secret: Annotated[
         str | None,
         typer.Option(metavar="NAME", help="In the vault; made at first, named after the model."),
@@ -38,243 +62,201 @@ def issue(
     ] = "spread_spectrum",
     force: Force = False,
     *,
+    grant: Grant,
+    crew: Crew,
     settings: Settings,
     network: Architecture,
     where: Where,
     output: Output,
 ) -> None:
-    """Write copies of a model, each marked for its user, and note who got one."""
-    from sealmark.core.weights import FileWeights
-    from sealmark.vault.records import check_user
+    """Give users a copy of a model, marked for each of them, and a license.
 
-    users = [check_user(name) for name in user]
-    targets = _targets(out, users, model, force=force)
-    with where.open() as vault:
-        _refuse_revoked(vault, users)
-        name, key, mark, known = _user_secret(vault, model, secret, scheme, settings, network, users)
-        copies: dict[str, str] = {}
-        with contextlib.ExitStack() as stack:
-            if len(users) > 1 and not out.exists():
-                out.mkdir()
-                stack.push(lambda *error: _remove_empty(out) if error[0] else None)
-            for person, target in targets.items():
-                work = stack.enter_context(staged(target, force=force, sources=(model,)))
-                _write_copy(mark, model, work, key, person, network)
-                copies[person] = FileWeights(work).digest()
-            _record(vault, name, key, copies, known)
-    document = {
-        "secret": name,
-        "commitment": key.commitment,
-        "copies": [{"user": who, "out": str(targets[who]), "digest": copies[who]} for who in users],
-    }
-    rows = [[who, str(targets[who]), copies[who][:16]] for who in users]
-    output.product(document, listing(["user", "copy", "digest"], rows))
-    if not known:
-        note(f"Made the secret {name!r}. Before you hand out a copy, publish: sealmark vault commitment {name}")
-
-
-@command
-def trace(
-    suspect: Annotated[Path, typer.Argument(help="What leaked: a safetensors file or a folder of shards.")],
-    secret: Annotated[str, typer.Option(metavar="NAME", help="That the copies were marked with.")],
-    original: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="PATH",
-            help="Your unmarked model. With --task or --model, rearranged neurons are put back first.",
-        ),
-    ] = None,
-    alpha: Alpha = 1e-6,
-    commitment: Annotated[str | None, typer.Option(metavar="HEX", help="As published before release.")] = None,
-    evidence_out: EvidenceOut = None,
-    device: Device = "cpu",
-    force: Force = False,
-    *,
-    network: Architecture,
-    where: Where,
-    output: Output,
-) -> None:
-    """Who leaked it? Exit code 0 when somebody is accused, 1 when nobody is.
-
-    The chance that anyone innocent is accused, over all users together, is at most --alpha.
+    The license lies beside the copy, as USER.lic or like the copy with .lic at its end. A copy appears when it
+    is whole and the vault knows of it: run the same command again after a failure and it makes what is missing.
+    With --lock-key the model is a locked one, and each license opens its lock to the level that is granted.
+    With the secret of a scheme of credentials, users get these instead.
     """
-    if evidence_out is not None:
-        check_free(evidence_out, force=force)
-    from sealmark.core import registry
-    from sealmark.core.identity import UserMark
-    from sealmark.core.weights import weights_of
-    from sealmark.formats.evidence import SuspectRecord
-
+    persons = people(user or [], users_file, grant)
+    one = len(persons) == 1 and users_file is None
     with where.open() as vault:
-        key = vault.secret(secret)
-        scheme = of_kind(registry.scheme_of(key), UserMark, "trace", "identity")
-        users = [record.user for record in vault.users(secret)]
-        if not users:
-            raise ParameterError("nobody has a copy", expected=f"users of {secret}", advice="issue copies first")
-        task = network.load_task()
-        seen = suspect_of(scheme.access, suspect, network, task=task, device=device)
-        live = original is not None and network.given
-        mine = network.load(task, original, device=device) if live and original else original
-        found = scheme.trace(seen, key, users, alpha=alpha, original=mine, commitment=commitment)
-        record = SuspectRecord(weights_of(suspect).digest(), suspect.name)
-        data, number = keep_evidence(vault, found, record, subject=suspect.name)
-        if evidence_out is not None:
-            write_out(evidence_out, data, force=force)
-    _show(found, number, output)
+        _refuse_revoked(vault, persons)
+        if grant.license_only:
+            hand_out_keys(vault, model, persons, grant, out, output, one=one, force=force)
+            return
+        lock = None
+        if grant.lock_key is not None:
+            lock, grant = key_of_level(vault, model, persons, grant)
+        job, suffix, known = _job(vault, model, secret, scheme, settings, network, persons, crew)
+        job = replace(job, lock=lock)
+        if lock is not None and job.model:
+            raise UnsupportedError("credentials are for a model that is served", expected="no --lock-key")
+        wanted = places(out, persons, suffix, one=one)
+        steps = deliver(vault, job, grant, wanted, workplace(out, one=one), force=force, sources=(model,))
+        with contextlib.closing(steps):
+            found = {delivery.user: delivery for delivery in steps}
+    _show([found[person.name] for person in persons], job, output)
+    if not known:
+        note(f"Made the secret {job.name!r}. Before you hand out a copy: sealmark vault commitment {job.name}")
 
 
 @command
 def revoke(
-    user: Annotated[str, typer.Argument(help="As issued.")],
+    name: Annotated[
+        str | None, typer.Argument(metavar="[USER|ID]", help="A user, or one license; nobody new without.")
+    ] = None,
     reason: Annotated[str, typer.Option(help="For people.")] = "",
     out: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the signed revocation list.")] = None,
+    after: Annotated[
+        int, typer.Option(min=0, help="Number of the last list, where this vault came from a backup.")
+    ] = 0,
     force: Force = False,
     *,
     where: Where,
     output: Output,
 ) -> None:
-    """Take a user's copies back: nothing is issued to them any more, and the signed list says so."""
+    """Take a user's copies and licenses back: he gets no others, and the signed list says so."""
+    if name is None and out is None:
+        raise ParameterError("who is revoked?", expected="a user, the id of a license, or --out FILE", found="none")
     if out is not None:
         check_free(out, force=force)
     with where.open() as vault, vault.transaction():
-        records = vault.revoke_user(user, reason)
-        number, entries, data = _revocations(vault)
+        rows = [] if name is None else _taken_back(vault, name, reason)
+        document: dict[str, object] = {"list": None, "entries": []}
         if out is not None:
+            data = vault.revocation_list(after=after)
+            document = _listed(data, vault)
             write_out(out, data, force=force)
-    rows = [[record.user, record.secret, record.revoked, record.reason] for record in records]
-    output.product(
-        {"user": user, "copies": len(records), "list": number, "entries": entries, "out": str(out or "")},
-        listing(["user", "secret", "revoked", "reason"], rows),
-    )
+    kinds = [row[0] for row in rows]
+    told = {"name": name, "copies": kinds.count("copy"), "licenses": kinds.count("license"), "out": str(out or "")}
+    output.product(told | document, listing(["what", "of", "revoked", "reason"], rows))
     if out is None:
-        note("Publish the list of the revoked: sealmark revoke USER --out FILE writes it signed.")
+        note("Publish the list of the revoked: sealmark revoke --out FILE writes it signed.")
 
 
-def _show(found: Accusation, number: str, output: Output) -> None:
-    """Print a trace, and exit with 1 when nobody is accused."""
-    from sealmark.core.evidence import Verdict
-
-    accused = [entry.user for entry in found.accused]
-    rows = [
-        [entry.user, f"{entry.statistic:.4g}", p_text(entry.log10_p), "yes" if entry.user in accused else "no"]
-        for entry in found.ranking
-    ]
-    lines = {
-        "verdict": found.verdict.value,
-        "accused": ", ".join(accused) or "nobody",
-        "bound": f"anyone innocent of {found.users} users is accused with chance at most {found.alpha:g}",
-        "null": f"{found.null}, {found.basis.value}",
-        "evidence": f"{number[:16]} in the vault",
-    }
-    table = listing(["user", "score", "p-value", "accused"], rows)
-    output.product({**found.as_dict(), "evidence": number}, facts(lines), "", table)
-    if found.verdict is Verdict.INCONCLUSIVE:
-        note("Inconclusive: what can be read of this suspect cannot reach alpha, whoever leaked it.")
-    if not accused:
-        raise typer.Exit(1)
+def _taken_back(vault: Vault, name: str, reason: str) -> list[list[str]]:
+    """What was revoked: one license, or all that a user has."""
+    with contextlib.suppress(UnknownNameError):
+        vault.license_record(name)
+        record = vault.revoke_license(name, reason)
+        return [["license", record.id, record.revoked, record.reason]]
+    rows = [["copy", record.secret, record.revoked, record.reason] for record in vault.revoke_user(name, reason)]
+    licenses = vault.license_records(name)
+    return rows + [["license", record.id, record.revoked, record.reason] for record in licenses]
 
 
-def _targets(out: Path, users: list[str], model: Path, *, force: bool) -> dict[str, Path]:
-    """Where each user's copy goes: ``out`` itself for one user, or one each in the folder ``out``."""
-    if len(set(users)) != len(users):
-        raise ParameterError("a user twice", expected="each user once", found=users)
-    suffix = "" if model.is_dir() else ".safetensors"
-    targets = {user: out / f"{_file_name(user)}{suffix}" for user in users}
-    if len(users) == 1 and not out.is_dir():
-        targets = {users[0]: out}
-    elif not out.is_dir():
-        check_free(out, force=False)
-    for target in targets.values():
-        if target.parent.is_dir():
-            check_free(target, force=force, sources=(model,))
-    return targets
-
-
-def _file_name(user: str) -> str:
-    """A file name that no other user has."""
-    safe = re.sub(r"[^A-Za-z0-9._-]", "_", user).lstrip(".")
-    return safe if safe == user else f"{safe[:80]}-{hashlib.sha256(user.encode()).hexdigest()[:8]}"
-
-
-def _refuse_revoked(vault: Vault, users: list[str]) -> None:
-    for record in vault.users():
-        if record.user in users and record.revoked:
-            raise RevokedError(
-                f"{record.user} was revoked",
-                found=f"{record.revoked} {record.reason}".strip(),
-                advice="issue to another user, or ask the owner",
-            )
-
-
-def _user_secret(
+def _job(
     vault: Vault,
     model: Path,
     name: str | None,
     scheme: str,
     settings: Settings,
     network: Architecture,
-    users: list[str],
-) -> tuple[str, Secret, UserMark, bool]:
-    """The secret for this model's users, its scheme, and whether the vault has it already."""
+    persons: list[Person],
+    crew: Crew,
+) -> tuple[Job, str, bool]:
+    """What is made for everyone, the suffix of its files, and whether the vault has its secret already."""
     from sealmark.core import registry
+    from sealmark.core.credentials import CredentialMark
     from sealmark.core.identity import UserMark, WeightMark
 
     chosen = name or stem(model)
-    if name is not None or any(record.name == chosen for record in vault.secrets()):
+    known = name is not None or any(record.name == chosen for record in vault.secrets())
+    if known:
         key = vault.secret(chosen)
-        mark = of_kind(registry.scheme_of(key), UserMark, "issue", "identity")
-        return chosen, key, mark, True
-    mark = of_kind(registry.scheme(scheme, **settings.parameters()), UserMark, "issue", "identity")
+        made = registry.scheme_of(key)
+        if isinstance(made, CredentialMark):
+            _refuse_crew(crew, made.name)
+            if any(person.to for person in persons):
+                raise UnsupportedError(f"{made.name} encrypts nothing", expected="no recipient", found="--to")
+            return credential_job(chosen, key, made, model, network), ".credential", True
+    else:
+        made = registry.scheme(scheme, **settings.parameters())
+    mark = of_kind(made, UserMark, "issue", "identity")
+    if not isinstance(mark, WeightMark):
+        _refuse_crew(crew, mark.name)
+    if not known:
+        key = _enroll(vault, mark, model, network, [person.name for person in persons])
+
+    def make(orders: list[Order]) -> Generator[Copy]:
+        return _copies(mark, model, key, orders, network, crew)
+
+    return Job(chosen, key, make), "" if model.is_dir() else ".safetensors", known
+
+
+def _enroll(vault: Vault, mark: UserMark, model: Path, network: Architecture, users: list[str]) -> Secret:
+    from sealmark.core.identity import WeightMark
+
     owner = vault.verify_key.raw.hex()
     if isinstance(mark, WeightMark):
-        return chosen, mark.enroll(model, users=users, owner=owner), mark, False
+        return mark.enroll(model, users=users, owner=owner)
     task = network.load_task()
-    return chosen, mark.enroll(network.load(task, model), task, users=users, owner=owner), mark, False
+    return mark.enroll(network.load(task, model), task, users=users, owner=owner)
 
 
-def _write_copy(mark: UserMark, model: Path, work: Path, key: Secret, user: str, network: Architecture) -> None:
+def _copies(
+    mark: UserMark, model: Path, key: Secret, orders: list[Order], network: Architecture, crew: Crew
+) -> Generator[Copy]:
+    """The copies that were ordered, as they get done."""
     from sealmark.core.identity import WeightMark
-    from sealmark.core.weights import save_model
+    from sealmark.core.weights import FileWeights, save_model
+    from sealmark.runtime.issuing import Copy, issue_copies
 
     if isinstance(mark, WeightMark):
-        with tensor_progress(f"issuing to {user}", size_of(model)) as progress:
-            mark.issue_file(model, work, key, user, progress=progress)
-    else:
-        task = network.load_task()
-        save_model(mark.issue(network.load(task, model), key, user, task=task).model, work)
+        size, told = size_of(model), not crew.given
+        with tensor_progress("issuing", len(orders) * size) as progress:
+            for copy in issue_copies(
+                mark,
+                model,
+                key,
+                orders,
+                workers=crew.workers,
+                address=crew.ray,
+                progress=progress if told else None,
+            ):
+                if not told:  # workers tell of whole copies alone
+                    progress(copy.user, size)
+                yield copy
+        return
+    task = network.load_task()
+    for order in orders:
+        save_model(mark.issue(network.load(task, model), key, order.user, task=task).model, order.target)
+        yield Copy(order.user, order.target, FileWeights(order.target).digest())
 
 
-def _record(vault: Vault, name: str, key: Secret, copies: dict[str, str], known: bool) -> None:
-    """Note who got a copy; whoever had one got the very same again."""
-    with vault.transaction():
-        if not known:
-            vault.add_secret(name, key)
-        had = {record.user for record in vault.users(name)}
-        for user, copy in copies.items():
-            if user not in had:
-                vault.issue_user(user, secret=name, model=str(key.facts["model"]), copy=copy)
+def _refuse_crew(crew: Crew, scheme: str) -> None:
+    if crew.given:
+        raise UnsupportedError(
+            f"{scheme} runs the network",
+            expected="no --workers and no --ray",
+            advice="marks on weights take workers",
+        )
 
 
-def _remove_empty(folder: Path) -> None:
-    with contextlib.suppress(OSError):
-        folder.rmdir()
+def _refuse_revoked(vault: Vault, persons: list[Person]) -> None:
+    revoked = vault.revoked_users()
+    for person in persons:
+        if person.name in revoked:
+            raise RevokedError(
+                f"{person.name} was revoked",
+                found=revoked[person.name],
+                advice="issue to another user, or ask the owner",
+            )
 
 
-def _revocations(vault: Vault) -> tuple[int, list[dict[str, str]], bytes]:
-    """The signed list of everything revoked so far; its number grows with every user's copy."""
-    from sealmark.formats.envelope import verify_document
-    from sealmark.formats.revocation import Revocation, RevocationList, sign_revocations
-    from sealmark.formats.times import parse_utc
+def _show(found: list[Delivery], job: Job, output: Output) -> None:
+    document = {
+        "secret": job.name,
+        "commitment": job.secret.commitment,
+        "copies": [asdict(delivery) for delivery in found],
+    }
+    rows = [[d.user, d.copy, d.license, d.digest[:16], "made" if d.made else "stands"] for d in found]
+    output.product(document, listing(["user", "copy", "license", "digest", ""], rows))
 
-    revoked = [record for record in vault.users() if record.revoked]
-    users = {record.user: record for record in revoked}
-    # a copy is known by its digest, a license by its id
-    named = [(record.copy or record.commitment, record) for record in revoked]
-    for held in vault.licenses():
-        if held.subject in users:
-            body = verify_document(vault.document(held.id), "license", [vault.verify_key])
-            named.append((str(body["id"]), users[held.subject]))
-    entries = tuple(Revocation(number, parse_utc(record.revoked), record.reason) for number, record in named)
-    data = sign_revocations(RevocationList(len(entries), entries), vault.signing_key)
-    plain = [{"license": entry.license, "reason": entry.reason} for entry in entries]
-    return len(entries), plain, data
+
+def _listed(data: bytes, vault: Vault) -> dict[str, object]:
+    """A signed list as plain JSON."""
+    from sealmark.formats.revocation import read_revocations
+
+    found = read_revocations(data, [vault.verify_key])
+    entries = [{"license": entry.license, "reason": entry.reason} for entry in found.entries]
+    return {"list": found.number, "entries": entries}

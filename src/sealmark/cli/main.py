@@ -5,13 +5,32 @@ from __future__ import annotations
 import typer
 
 from sealmark import __version__
-from sealmark.cli import authorization, evaluation, guidance, identity, integrity, listing, ownership, vaults
+from sealmark.cli import (
+    authorization,
+    credentials,
+    evaluation,
+    guidance,
+    identity,
+    integrity,
+    licenses,
+    listing,
+    ownership,
+    tracing,
+    vaults,
+)
 
 _PANELS = {
     "Vault: start here": [vaults.init],
     "Ownership: is this model mine?": [ownership.keygen, ownership.embed, ownership.verify],
-    "Authorization: who may use it?": [authorization.lock, authorization.unlock],
-    "Identity: who leaked it?": [identity.issue, identity.trace, identity.revoke],
+    "Authorization: who may use it?": [authorization.lock, authorization.unlock, licenses.open_, licenses.device],
+    "Identity: who has it, who leaked it?": [
+        identity.issue,
+        credentials.authenticate,
+        licenses.list_,
+        licenses.renew,
+        identity.revoke,
+        tracing.trace,
+    ],
     "Integrity: was it changed?": [integrity.seal, integrity.check, integrity.restore],
     "Evaluate and show": [evaluation.demo, evaluation.attack, evaluation.report],
     "What there is": [guidance.recommend, listing.schemes, listing.attacks, listing.tasks],
@@ -28,7 +47,8 @@ app = typer.Typer(
 app.add_typer(vaults.app, name="vault", rich_help_panel="Vault: start here")
 for _panel, _commands in _PANELS.items():
     for _function in _commands:
-        app.command(rich_help_panel=_panel)(_function)
+        # open_ and list_, as Python has these names
+        app.command(_function.__name__.rstrip("_"), rich_help_panel=_panel)(_function)
 
 
 def _version(wanted: bool) -> None:

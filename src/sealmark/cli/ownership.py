@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from sealmark.cli.credentials import serve
 from sealmark.cli.keeping import SecretChoice, Where, keep_evidence, name_for, warn_unsigned
 from sealmark.cli.kinds import of_kind, suspect_of
 from sealmark.cli.options import Architecture, Settings, Training, command
@@ -81,9 +82,15 @@ def keygen(
 
 @command
 def embed(
-    secret: Annotated[list[str], typer.Option(metavar="NAME", help="A secret in the vault; repeat for more.")],
     out: Annotated[Path, typer.Option(metavar="FILE", help="The marked model.")],
     task: Annotated[str, typer.Option(metavar="NAME", help="The network and the data to train with.")],
+    secret: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="A secret in the vault; repeat for more.")
+    ] = None,
+    scheme: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Instead: a scheme of credentials, whose secret is made now.")
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="With --scheme: your name for that secret.")] = None,
     weights: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="A trained model to start from; from scratch without."),
@@ -92,12 +99,18 @@ def embed(
     rate: Annotated[float | None, typer.Option(min=0, help="Learning rate.")] = None,
     force: Force = False,
     *,
+    settings: Settings,
     training: Training,
     where: Where,
     output: Output,
 ) -> None:
-    """Train a model that carries one or more watermarks."""
+    """Train a model that carries one or more watermarks, or one that knows its users' credentials."""
     check_free(out, force=force)
+    if bool(secret) == bool(scheme):
+        raise ParameterError("what is embedded?", expected="--secret NAME or --scheme NAME, one of the two")
+    if scheme is not None:
+        serve(scheme, weights, out, name, settings, training, task, where, output, force=force)
+        return
     from sealmark.core import registry
     from sealmark.core.modes import pick_device
     from sealmark.core.ownership import Watermark, embed_all
@@ -107,7 +120,7 @@ def embed(
 
     device, rng = pick_device(training.device), training.rng()
     with where.open() as vault:
-        secrets = [vault.secret(name) for name in secret]
+        secrets = [vault.secret(each) for each in secret or []]
     marks = [(of_kind(registry.scheme_of(found), Watermark, "embed", "ownership"), found) for found in secrets]
     made = registry.task(task)
     model = made.model(rng)
@@ -118,7 +131,7 @@ def embed(
     with epoch_progress("embedding") as on_epoch, staged(out, force=force) as work:
         marked, kept = embed_all(marks, model.to(device), made, rng=rng, recipe=recipe, on_epoch=on_epoch)
         save_model(marked, work)
-        names = _keep_learned(where, secret, secrets, kept)
+        names = _keep_learned(where, secret or [], secrets, kept)
     schemes = [scheme for scheme, _ in marks]
     found = {
         name: scheme.verify(WhiteBox(marked), key) for name, scheme, key in zip(names, schemes, kept, strict=True)

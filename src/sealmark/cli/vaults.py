@@ -15,6 +15,7 @@ from sealmark.core.errors import ParameterError
 
 app = typer.Typer(no_args_is_help=True, help="Look into the vault, back it up, take things out.")
 
+_PublicOut = Annotated[Path | None, typer.Option("--out", metavar="FILE", help="Write it there, too.")]
 _Out = Annotated[Path, typer.Option("--out", metavar="PATH", help="Where to write it.")]
 
 
@@ -60,7 +61,7 @@ def list_contents(*, where: Where, output: Output) -> None:
         "secrets": ["name", "scheme", "commitment", "model"],
         "users": ["user", "secret", "issued", "revoked", "reason"],
         "evidence": ["id", "kind", "subject", "added"],
-        "licenses": ["id", "subject", "added"],
+        "licenses": ["id", "user", "model", "level", "not_after", "revoked"],
     }
     for part, names in columns.items():
         rows = [[_short(name, record[name]) for name in names] for record in contents[part]]
@@ -149,6 +150,30 @@ def commitment(
 
 @app.command()
 @command
+def recipient(out: _PublicOut = None, force: Force = False, *, where: Where, output: Output) -> None:
+    """Print your public recipient key: whoever has it can encrypt for you."""
+    _publish("recipient", out, force, where, output)
+
+
+@app.command("verify-key")
+@command
+def verify_key(out: _PublicOut = None, force: Force = False, *, where: Where, output: Output) -> None:
+    """Print your public verify key: whoever has it can check what you sign."""
+    _publish("verify", out, force, where, output)
+
+
+def _publish(name: str, out: Path | None, force: bool, where: Where, output: Output) -> None:
+    if out is not None:
+        check_free(out, force=force)
+    with where.open() as vault:
+        value = vault.public()[name]
+    if out is not None:
+        write_out(out, value.encode() + b"\n", force=force)
+    output.product({name: value}, value)
+
+
+@app.command()
+@command
 def rekey(
     new_passphrase_file: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Its first line will open the vault.")
@@ -173,8 +198,9 @@ def find_document(vault: Any, number: str) -> bytes:
     Raises:
         ParameterError: none, or several.
     """
-    records = [*vault.evidence(), *vault.licenses()]
-    found = [record.id for record in records if number and record.id.startswith(number)]
+    licenses = [record.id for record in vault.license_records()]
+    known = [*(record.id for record in vault.evidence()), *licenses]
+    found = [each for each in known if number and each.startswith(number)]
     if len(found) != 1:
         raise ParameterError(
             "which document?",
@@ -182,7 +208,7 @@ def find_document(vault: Any, number: str) -> bytes:
             found=f"{number!r}, which fits {len(found)}",
             advice="list the ids: sealmark vault list",
         )
-    data: bytes = vault.document(found[0])
+    data: bytes = (vault.license_document if found[0] in licenses else vault.document)(found[0])
     return data
 
 

@@ -2,6 +2,8 @@
 
 A list says what is revoked when it was made. Someone who holds back the new list gets the old answer:
 a reader keeps the number of the last list that it saw, and asks for a list that is young enough.
+A renewal does not undo the license before it: where it grants less, the list says from which time on a
+document of that license must be.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any
 
-from sealmark.core.errors import ExpiredError, FormatError, ParameterError, RevokedError
+from sealmark.core.errors import FormatError, ParameterError, RevokedError, StaleListError
 from sealmark.crypto.signing import SigningKey, VerifyKey
 from sealmark.formats.envelope import sign_document, verify_document
 from sealmark.formats.license import License
@@ -26,11 +28,17 @@ class Revocation:
         license: its id.
         time: since when.
         reason: for people.
+        before: only what was issued before this time was taken back, for a later one replaced it; None for all.
     """
 
     license: str
     time: datetime
     reason: str = ""
+    before: datetime | None = None
+
+    def hits(self, license: License) -> bool:  # noqa: A002 - the word for the thing
+        """Whether this license was taken back."""
+        return self.license == license.id and (self.before is None or license.issued < self.before)
 
 
 @dataclass(frozen=True)
@@ -54,12 +62,29 @@ class RevocationList:
             RevokedError: it is.
         """
         for entry in self.entries:
-            if entry.license == license.id:
+            if entry.hits(license):
                 raise RevokedError(
-                    f"license {license.id} was revoked",
+                    f"license {license.id} was {'revoked' if entry.before is None else 'replaced'}",
                     found=f"{utc_text(entry.time)} {entry.reason}".strip(),
-                    advice="ask the owner",
+                    advice="ask the owner" if entry.before is None else "use the one that was issued last",
                 )
+
+    def check_newer(self, seen: int) -> None:
+        """Refuse this list where a newer one was seen.
+
+        Args:
+            seen: number of the newest one.
+
+        Raises:
+            StaleListError: it is larger than this one's.
+        """
+        if self.number < seen:
+            raise StaleListError(
+                "an old revocation list",
+                expected=f"number {seen} or later",
+                found=self.number,
+                advice="fetch it again",
+            )
 
 
 def sign_revocations(revocations: RevocationList, key: SigningKey) -> bytes:
@@ -73,7 +98,12 @@ def sign_revocations(revocations: RevocationList, key: SigningKey) -> bytes:
     if not all(entry.license for entry in revocations.entries):
         raise ParameterError("a revocation of nothing", expected="the id of a license")
     entries = [
-        {"license": entry.license, "time": utc_text(entry.time), "reason": entry.reason}
+        {
+            "license": entry.license,
+            "time": utc_text(entry.time),
+            "reason": entry.reason,
+            "before": None if entry.before is None else utc_text(entry.before),
+        }
         for entry in revocations.entries
     ]
     body = {"number": revocations.number, "issued": utc_text(revocations.issued), "entries": entries}
@@ -102,7 +132,7 @@ def read_revocations(
         FormatError: not a revocation list.
         TamperedError: the signature does not fit.
         UntrustedError: signed by none of the anchors.
-        ExpiredError: an older list than the one already seen, or older than ``max_age``.
+        StaleListError: an older list than the one already seen, or older than ``max_age``.
 
     Example:
         >>> key = SigningKey(bytes(32))
@@ -111,15 +141,9 @@ def read_revocations(
         3
     """
     found = _list(verify_document(data, "revocation", anchors))
-    if found.number < seen:
-        raise ExpiredError(
-            "an old revocation list",
-            expected=f"number {seen} or later",
-            found=found.number,
-            advice="fetch it again",
-        )
+    found.check_newer(seen)
     if max_age is not None and (now or utc_now()) - found.issued > max_age:
-        raise ExpiredError(
+        raise StaleListError(
             "the revocation list is too old", expected=f"at most {max_age}", found=utc_text(found.issued)
         )
     return found
@@ -135,8 +159,9 @@ def _list(body: dict[str, Any]) -> RevocationList:
 
 
 def _entry(entry: Any) -> Revocation:
-    if not isinstance(entry, dict) or entry.keys() != {"license", "time", "reason"}:
-        raise FormatError("bad revocation", expected="license, time and reason")
+    if not isinstance(entry, dict) or entry.keys() != {"license", "time", "reason", "before"}:
+        raise FormatError("bad revocation", expected="license, time, reason and before")
     if not isinstance(entry["license"], str) or not isinstance(entry["reason"], str):
         raise FormatError("bad revocation", expected="text")
-    return Revocation(entry["license"], parse_utc(entry["time"]), entry["reason"])
+    before = None if entry["before"] is None else parse_utc(entry["before"])
+    return Revocation(entry["license"], parse_utc(entry["time"]), entry["reason"], before)

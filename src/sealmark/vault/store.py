@@ -1,10 +1,11 @@
 """The encrypted records of a vault.
 
 What someone without the key can see: how many records of which kind there are, in what order they
-came, their sizes, and which users belong to the same (unnamed) secret. Names are looked up by a keyed
-hash. Every record is bound to its vault, kind, name and part, so that none can be exchanged for another;
-the tally, a keyed sum over all of them, tells when one was taken out or put back to an older state. An
-older copy of the whole vault looks sound: nothing inside a folder can tell its age.
+came, their sizes, which copies belong to the same (unnamed) secret and which licenses to the same
+(unnamed) user. Names are looked up by a keyed hash. Every record is bound to its vault, kind, name and
+part, so that none can be exchanged for another; the tally, a keyed sum over all of them, tells when one
+was taken out or put back to an older state. An older copy of the whole vault looks sound: nothing inside
+a folder can tell its age.
 """
 
 from __future__ import annotations
@@ -120,6 +121,11 @@ class Store:
         with self._lock, typed_errors():
             info: dict[str, Any] = self._opened(self._row(kind, name))["info"]
         return info
+
+    def has(self, kind: str, name: str) -> bool:
+        """Whether there is such a record."""
+        with self._lock, typed_errors():
+            return self._find(kind, self._id(kind, name)) is not None
 
     def body(self, kind: str, name: str) -> bytes:
         """The body of a record; raises as `info`."""

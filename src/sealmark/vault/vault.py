@@ -15,13 +15,16 @@ from sealmark.core.secret import Secret
 from sealmark.crypto.recipients import Recipient
 from sealmark.crypto.signing import VerifyKey
 from sealmark.formats.envelope import sign_document, verify_document
+from sealmark.formats.revocation import Revocation, RevocationList, sign_revocations
 from sealmark.formats.secret import secret_from_bytes, secret_to_bytes
-from sealmark.formats.times import utc_now, utc_text
-from sealmark.vault.folder import EncryptedFolder
+from sealmark.formats.times import parse_utc, utc_now, utc_text
+from sealmark.vault.licensing import LicenseFolder
 from sealmark.vault.records import DocumentRecord, SecretRecord, UserRecord, check_name, check_user
 
+_COUNTER = "counter", "revocations"
 
-class Vault(EncryptedFolder):
+
+class Vault(LicenseFolder):
     """The owner's vault. Made by `create`, `open` or `restore`; close it, or use it in a ``with`` block.
 
     Example:
@@ -128,7 +131,9 @@ class Vault(EncryptedFolder):
         Raises:
             ParameterError: a bad user, or one who has a copy already.
             UnknownNameError: no such secret.
+            RevokedError: the user was revoked.
         """
+        self._check_allowed(user)
         record = UserRecord(
             user=check_user(user),
             secret=secret,
@@ -154,30 +159,70 @@ class Vault(EncryptedFolder):
     def revoke_user(
         self, user: str, reason: str, *, secret: str | None = None, time: datetime | None = None
     ) -> list[UserRecord]:
-        """Note that a user may no longer use their copies. What was revoked before keeps its time.
+        """Note that a user may no longer use their copies and licenses, and gets no others.
+
+        What was revoked before keeps its time.
 
         Args:
             user: whose.
             reason: for people.
-            secret: only the copy that was marked with this secret.
+            secret: only the copy that was marked with this secret; licenses, and the user, then stay.
             time: now, unless given.
 
         Returns:
-            The user's records, as they are now.
+            The records of the user's copies, as they are now.
 
         Raises:
-            UnknownNameError: the user has no copy.
+            UnknownNameError: the user has neither a copy nor a license.
         """
         stated = utc_text(time or utc_now())
         with self.transaction():
             records = [record for record in self.users(secret) if record.user == user]
-            if not records:
-                raise UnknownNameError("no copy was issued to this user", found=repr(user)[:120])
+            held = [] if secret is not None else self.license_records(user)
+            if not (records or held):
+                raise UnknownNameError("nothing was issued to this user", found=repr(user)[:120])
             for index, record in enumerate(records):
                 if not record.revoked:
                     records[index] = replace(record, revoked=stated, reason=reason)
                     self._store.update("user", _user_key(record.secret, user), asdict(records[index]))
+            for license in held:  # noqa: A001 - the word for the thing
+                if not license.revoked:
+                    self._store.update("license", license.id, vars(license) | {"revoked": stated, "reason": reason})
+            if secret is None and not self._store.has("revoked", user):
+                self._store.add("revoked", user, {"user": user, "time": stated, "reason": reason})
         return records
+
+    def revoked_users(self) -> dict[str, str]:
+        """Users to whom nothing is issued any more, and when and why they were revoked."""
+        return {info["user"]: f"{info['time']} {info['reason']}".strip() for info in self._store.all("revoked")}
+
+    def revocation_list(self, *, time: datetime | None = None, after: int = 0) -> bytes:
+        """Sign a list of all that was revoked, to be published; its number grows with each one.
+
+        A copy is named by its digest, a license by its id. Licenses that were renewed to less are on it with
+        the time from which on their documents hold.
+
+        Args:
+            time: of issue; now, unless given.
+            after: number of a list that was published already, where the vault does not know it: after it
+                was restored from a backup.
+        """
+        with self.transaction():
+            known = self._store.has(*_COUNTER)
+            number = max(after, self._store.info(*_COUNTER)["number"] if known else 0) + 1
+            (self._store.update if known else self._store.add)(*_COUNTER, {"number": number})
+            entries = [
+                Revocation(record.copy or record.commitment, parse_utc(record.revoked), record.reason)
+                for record in self.users()
+                if record.revoked
+            ]
+            for held in self.license_records():
+                if held.revoked:
+                    entries.append(Revocation(held.id, parse_utc(held.revoked), held.reason))
+                elif held.superseded:
+                    since = parse_utc(held.superseded)
+                    entries.append(Revocation(held.id, since, "renewed", before=since))
+        return sign_revocations(RevocationList(number, tuple(entries), time or utc_now()), self.signing_key)
 
     def add_evidence(
         self, data: bytes, kind: str, subject: str, *, anchors: Iterable[VerifyKey] = ()
@@ -197,20 +242,13 @@ class Vault(EncryptedFolder):
             UntrustedError: signed by another.
         """
         verify_document(data, "evidence", [self.verify_key, *anchors])
-        return self._add_document(data, "evidence", kind, subject)
+        record = DocumentRecord(sha256_hex(data), kind, subject, utc_text(utc_now()))
+        self._store.add("document", record.id, asdict(record), body=data, scope="evidence")
+        return record
 
     def evidence(self) -> list[DocumentRecord]:
         """What evidence there is, oldest first."""
         return [DocumentRecord(**info) for info in self._store.all("document", "evidence")]
-
-    def add_license(self, data: bytes, *, anchors: Iterable[VerifyKey] = ()) -> DocumentRecord:
-        """Keep a signed license, whatever its time; raises as `add_evidence`."""
-        body = verify_document(data, "license", [self.verify_key, *anchors])
-        return self._add_document(data, "license", "license", str(body.get("user", "")))
-
-    def licenses(self) -> list[DocumentRecord]:
-        """What licenses there are, oldest first."""
-        return [DocumentRecord(**info) for info in self._store.all("document", "license")]
 
     def document(self, number: str) -> bytes:
         """A signed document by its id.
@@ -226,14 +264,9 @@ class Vault(EncryptedFolder):
             "secrets": self.secrets(),
             "users": self.users(),
             "evidence": self.evidence(),
-            "licenses": self.licenses(),
         }
-        return {name: [asdict(record) for record in records] for name, records in parts.items()}
-
-    def _add_document(self, data: bytes, scope: str, kind: str, subject: str) -> DocumentRecord:
-        record = DocumentRecord(sha256_hex(data), kind, subject, utc_text(utc_now()))
-        self._store.add("document", record.id, asdict(record), body=data, scope=scope)
-        return record
+        listed = {name: [asdict(record) for record in records] for name, records in parts.items()}
+        return listed | {"licenses": self._store.all("license")}
 
 
 def _user_key(secret: str, user: str) -> str:
