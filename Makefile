@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help setup demo test check lint types authorization figures blackbox whitebox transformer lineage bench pages clean
+.PHONY: help setup demo test check lint types authorization identity blackbox whitebox transformer lineage bench pages clean
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
@@ -41,6 +41,9 @@ check: lint types  ## the same with the slow tests and the floors of coverage: w
 authorization: $(STAMP)  ## every lock, with right, wrong and near keys, attacked, into docs/results/
 	$(BIN)/python -m sealmark.evaluate.authorization docs/results --workers 2
 
+identity: $(STAMP)  ## every user mark, pooled by coalitions, and every credential, forged, into docs/results/
+	$(BIN)/python -m sealmark.evaluate.identity docs/results --workers 2
+
 blackbox: $(STAMP)  ## every black-box mark and fingerprint, attacked, and false claims, into docs/results/
 	$(BIN)/python -m sealmark.evaluate.blackbox docs/results
 
@@ -62,6 +65,7 @@ transformer: $(STAMP)  ## the real sentence transformer: its test and its figure
 bench: $(STAMP)  ## files of 1 GiB beside their limit, marked training steps beside plain ones, into docs/results/
 	$(BIN)/python benchmarks/run.py --out docs/results/speed.md
 	$(BIN)/python benchmarks/training.py --out docs/results/training-speed.md
+	$(BIN)/python benchmarks/tracing.py --out docs/results/tracing.md
 
 clean:  ## remove what make made
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .coverage .coverage.json sealmark-demo

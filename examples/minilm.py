@@ -55,6 +55,10 @@ LEAKS: dict[str, tuple[int, tuple[tuple[str, dict[str, Any]], ...]]] = {
     "30 % pruned": (1, (("prune", {"rate": 0.3}),)),
     "fine-tuned on other pairs": (1, (("fine_tune", {"rate": 0.2, "epochs": 5}),)),
     "three copies averaged": (3, (("average", {}),)),
+    "median of three": (3, (("median", {}),)),
+    "minimum of three": (3, (("extremes", {"side": "low"}),)),
+    "each weight from one of three": (3, (("interleave", {"by": "weight"}),)),
+    "three averaged, with noise": (3, (("noise", {"level": 0.02}),)),
     "three averaged, 30 % pruned, 8-bit integers": (
         3,
         (("average", {}), ("prune", {"rate": 0.3}), ("quantize", {"scheme": "channel"})),

@@ -23,12 +23,17 @@ from torch import nn
 from sealmark.blackbox.answer_key import Answered, AnswerKey
 from sealmark.core import registry
 from sealmark.core.attack import Extraction, Resources
+from sealmark.core.credentials import CredentialMark
+from sealmark.core.identity import UserMark
 from sealmark.core.lock import Lock
 from sealmark.core.ownership import Fingerprint, Verifiable, Watermark
 from sealmark.core.suspect import BlackBox, WhiteBox
 from sealmark.core.task import Task
 from sealmark.core.training import train, train_task
 from sealmark.core.weights import save_model
+from sealmark.evaluate.copies import MarkEntry, copy_figures, joined
+from sealmark.evaluate.credentials import CredentialEntry, credential_figures
+from sealmark.evaluate.identity_text import COPY_HEAD, copy_cells, credential_tables
 from sealmark.evaluate.locks import LockEntry, Trial, lock_measures
 from sealmark.evaluate.markdown import number, table
 from sealmark.evaluate.measure import Effort, Ground
@@ -72,19 +77,35 @@ def _one(task: Task, params: dict[str, Any], seed: int) -> dict[str, Any]:
     scheme = registry.scheme(params["scheme"], **params.get("parameters", {}))
     if isinstance(scheme, Lock):
         return found | _locked(task, params, seed, plain)
+    if isinstance(scheme, UserMark | CredentialMark):
+        return found | _identified(task, params, seed, plain)
     protect = (
         _served if params.get("start") == "served" else _marked if isinstance(scheme, Watermark) else _enrolled
     )
     return protect(task, params, seed, cast("Any", scheme), plain, found)
 
 
+def _base(task: Task, seed: int, plain: nn.Module) -> Ground:
+    """What measuring functions need, judged on the first of the test rows."""
+    judged = dataclasses.replace(task, test=task.test.take(slice(0, _JUDGED)))
+    return Ground(judged, seed, Effort(), task.model(np.random.default_rng(seed)), plain, judged.score(plain))
+
+
+def _identified(task: Task, params: dict[str, Any], seed: int, plain: nn.Module) -> dict[str, Any]:
+    """Marks in users' copies and whom a trace names, or credentials and who is let in."""
+    base, given = _base(task, seed, plain), params.get("parameters", {})
+    if "users" in params:
+        return {"credentials": credential_figures(base, CredentialEntry(params["scheme"], given, params["users"]))}
+    entry = MarkEntry(params["scheme"], given, tuple(params["sizes"]), params["repeats"])
+    return {"copies": copy_figures(base, entry)}
+
+
 def _locked(task: Task, params: dict[str, Any], seed: int, plain: nn.Module) -> dict[str, Any]:
     """A lock: service by key, and what attacks gain, judged on the first of the test rows."""
-    judged = dataclasses.replace(task, test=task.test.take(slice(0, _JUDGED)))
-    fresh = task.model(np.random.default_rng(seed))
-    base = Ground(judged, seed, Effort(), fresh, plain, judged.score(plain))
     trials = [Trial(**entry) for entry in params["attacks"]]
-    return lock_measures(base, LockEntry(params["scheme"], params.get("parameters", {})), trials)
+    return lock_measures(
+        _base(task, seed, plain), LockEntry(params["scheme"], params.get("parameters", {})), trials
+    )
 
 
 def _marked(
@@ -242,11 +263,24 @@ def _tell(epoch: int, epochs: int, loss: float) -> None:
 def page() -> str:
     """README.md: what every experiment came to, beside the paper's figure."""
     weights, answers, locks = [], [], []
+    copies: list[list[str]] = []
+    credentials: dict[str, list[dict[str, Any]]] = {}
     for folder in sorted(path.parent for path in FOLDER.glob("*/result.json")):
         params = tomllib.loads((folder / "params.toml").read_text("utf-8"))
         result = json.loads((folder / "result.json").read_text("utf-8"))
         by_answers = "attacks" in params
         for run in result["runs"]:
+            if "copies" in run:
+                cells = run["copies"]["pooled"]
+                copies += [
+                    [folder.name, *copy_cells(way, size, joined([cell]))]
+                    for way, sizes in cells.items()
+                    for size, cell in sizes.items()
+                ]
+                continue
+            if "credentials" in run:
+                credentials.setdefault(folder.name, []).append(run["credentials"])
+                continue
             if "authorized" in run:
                 locks.append([folder.name, *_lock_cells(run), *_lock_paper(params)])
                 continue
@@ -264,6 +298,8 @@ def page() -> str:
             *table(asked, answers),
             _NOT_REPRODUCED,
             *([_LOCKS, *table(_LOCK_HEAD, locks)] if locks else []),
+            *([_COPIES, *table(["experiment", *COPY_HEAD], copies)] if copies else []),
+            *(["## Credentials\n", *credential_tables(credentials)] if credentials else []),
         ]
     )
 
@@ -302,6 +338,11 @@ _LOCKS = """\
 
 Judged on 2,500 test rows. Fine-tuned: what a thief with as many rows as a tenth of the owner's gets of the locked
 model, beside what he gets without it, and the gain.
+"""
+_COPIES = """\
+## Marks in users' copies
+
+20 users have copies, and 1,020 names are looked at in every trace; see docs/results/identity.md for the columns.
 """
 _LOCK_HEAD = [
     *(

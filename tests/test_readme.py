@@ -19,8 +19,9 @@ def blocks(document: str, language: str) -> list[str]:
 
 def run(command: list[str], folder: Path) -> str:
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    set_here = {"PATH": path, "SEALMARK_STATE": str(folder / ".state")}
     done = subprocess.run(
-        command, cwd=folder, env=os.environ | {"PATH": path}, capture_output=True, text=True, check=False
+        command, cwd=folder, env=os.environ | set_here, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout

@@ -10,9 +10,8 @@ import argparse
 import json
 import time
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
-from multiprocessing import get_context
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -28,6 +27,7 @@ from sealmark.evaluate.authorization_text import as_markdown
 from sealmark.evaluate.locks import TRIALS, LockEntry, Trial, lock_measures
 from sealmark.evaluate.measure import Effort, Ground, ground
 from sealmark.evaluate.plots import Plot, draw
+from sealmark.evaluate.seeds import over_seeds
 
 SEEDS = (0, 1, 2)
 MEASURED = Path(__file__).parents[1] / "authorization" / "measured.json"  # goes with the package
@@ -81,12 +81,7 @@ def run(
         measured: where to write what the package itself has to know: each lock's grade follows from it.
     """
     began = time.perf_counter()
-    if workers > 1:
-        with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-            tasks = [pool.submit(measure, entries, seed, epochs, trials) for seed in seeds]
-            found = [task.result() for task in tasks]
-    else:
-        found = [measure(entries, seed, epochs, trials) for seed in seeds]
+    found = over_seeds(partial(measure, entries, epochs=epochs, trials=trials), seeds, workers)
     rows = {entry.title: [run for by in found if not isinstance(run := by[entry.title], str)] for entry in entries}
     failed = {entry.title: [run for by in found if isinstance(run := by[entry.title], str)] for entry in entries}
     result: dict[str, Any] = finite(
