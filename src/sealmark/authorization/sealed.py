@@ -20,9 +20,8 @@ from sealmark.core.lock import Lock, Locked
 from sealmark.core.secret import Secret
 from sealmark.core.task import Task
 from sealmark.core.weights import DTYPES, INDEX, FileWeights, MemoryWeights, Progress, TensorInfo, weights_of
-from sealmark.formats.sealed import SealedFile, open_sealed, seal_bytes, seal_file
+from sealmark.formats.sealed import SUFFIX, SealedFile, open_sealed, roles_of, seal_bytes, seal_file
 
-_SUFFIX = ".sealed"
 _ROLE = "weights"
 
 
@@ -134,10 +133,13 @@ class SealedWeights(Lock):
             raise ParameterError("cannot lock an index", expected="the folder that it is in", found=str(source))
         weights = FileWeights(source)
         key = self.new_secret(weights, owner=owner, rng=rng)
-        parts = _places([*weights.shards], index=source / INDEX) if source.is_dir() else {source: _ROLE}
+        parts = {source: _ROLE}
+        if source.is_dir():
+            index = source / INDEX
+            parts = roles_of([*weights.shards, *([index] if index.is_file() else [])])
         with _all_or_none(source, target) as written:
             for part, role in parts.items():
-                to = target / (part.name + _SUFFIX) if source.is_dir() else target
+                to = target / (part.name + SUFFIX) if source.is_dir() else target
                 seal_file(part, to, key.key("data"), model=key.facts["model"], role=role)
                 written.callback(to.unlink)
                 if progress:
@@ -162,7 +164,7 @@ class SealedWeights(Lock):
         source, target = Path(source), Path(target)
         with _all_or_none(source, target) as written:
             for part, sealed in self._parts(source, key):
-                to = target / part.name.removesuffix(_SUFFIX) if source.is_dir() else target
+                to = target / part.name.removesuffix(SUFFIX) if source.is_dir() else target
                 sealed.decrypt_to(key.key("data"), to)
                 written.callback(to.unlink)
                 if progress:
@@ -179,7 +181,7 @@ class SealedWeights(Lock):
         """
         tensors: dict[str, Tensor] = {}
         for part, sealed in self._parts(Path(path), key):
-            if part.name != INDEX + _SUFFIX:
+            if part.name != INDEX + SUFFIX:
                 tensors |= MemoryWeights(sealed.read_all(key.key("data")))
         return tensors
 
@@ -187,9 +189,9 @@ class SealedWeights(Lock):
         self.check_secret(key)
         places = {source: _ROLE}
         if source.is_dir():
-            index = source / (INDEX + _SUFFIX)
-            found = [path for path in source.glob(f"*{_SUFFIX}") if path != index]
-            places = _places(sorted(found, key=lambda path: path.name.removesuffix(_SUFFIX)), index=index)
+            places = roles_of(source.glob(f"*{SUFFIX}"))
+            if not set(places.values()) - {"index"}:
+                raise FormatError("no sealed weights there", expected=f"files *{SUFFIX}", found=str(source))
         for path, role in places.items():
             with open_sealed(path, model=key.facts["model"], role=role) as sealed:
                 yield path, sealed
@@ -251,14 +253,6 @@ def _check_sealable(model: nn.Module, tensors: dict[str, Tensor]) -> None:
             found=odd,
             advice="register them as buffers, complex ones by torch.view_as_real",
         )
-
-
-def _places(shards: list[Path], *, index: Path) -> dict[Path, str]:
-    """The parts of a folder and the role that binds each to its place; the index, which makes it a model, last."""
-    if not shards:
-        raise FormatError("no sealed weights there", expected=f"files *{_SUFFIX}", found=str(index.parent))
-    places = {path: f"{_ROLE}-{turn}-of-{len(shards)}" for turn, path in enumerate(shards, 1)}
-    return places | ({index: "index"} if index.is_file() else {})
 
 
 @contextlib.contextmanager

@@ -200,11 +200,9 @@ def _parts(locked: Path) -> dict[Path, str]:
     """The sealed files and the role of each: of a folder no part may be moved, dropped or added."""
     if not locked.is_dir():
         return {locked: "weights"}
-    files = {file.name.removesuffix(".sealed"): file for file in _sealed_files(locked)}
-    index = [file for name, file in files.items() if name.endswith(".json")]
-    shards = [file for name, file in sorted(files.items()) if file not in index]
-    roles = {file: f"weights-{turn}-of-{len(shards)}" for turn, file in enumerate(shards, 1)}
-    return roles | dict.fromkeys(index, "index")
+    from sealmark.formats.sealed import roles_of
+
+    return roles_of(_sealed_files(locked))
 
 
 def _openers(to: list[str], with_passphrase: bool) -> list[Recipient | Passphrase]:

@@ -26,7 +26,39 @@ from sealmark.crypto.wrapping import Stanza, key_id, wrap
 from sealmark.formats.sealed_file import Opener, SealedFile, check_apart, open_regular, open_sealed
 from sealmark.formats.sealed_header import Body, SealedHeader, sniff_body
 
-__all__ = ["Body", "Opener", "SealedFile", "SealedHeader", "open_sealed", "rewrap", "seal_bytes", "seal_file"]
+__all__ = [
+    "Body",
+    "Opener",
+    "SealedFile",
+    "SealedHeader",
+    "open_sealed",
+    "rewrap",
+    "roles_of",
+    "seal_bytes",
+    "seal_file",
+]
+
+SUFFIX = ".sealed"  # of the parts of a folder
+_INDEX = ".json"  # what says which shard holds which tensor
+
+
+def roles_of(parts: Iterable[Path]) -> dict[Path, str]:
+    """What binds each part of a sharded model to its place, so that none can be moved, dropped or added.
+
+    Args:
+        parts: files of one folder, sealed (``.sealed``) or still plain.
+
+    Returns:
+        Roles by part: shards in the order of their names, and last the index, which makes them a model.
+
+    Example:
+        >>> list(roles_of([Path("b.safetensors"), Path("a.safetensors.sealed")]).values())
+        ['weights-1-of-2', 'weights-2-of-2']
+    """
+    named = sorted((part.name.removesuffix(SUFFIX), part) for part in parts)
+    shards = [part for name, part in named if not name.endswith(_INDEX)]
+    roles = {part: f"weights-{turn}-of-{len(shards)}" for turn, part in enumerate(shards, 1)}
+    return roles | {part: "index" for name, part in named if name.endswith(_INDEX)}
 
 
 def seal_file(

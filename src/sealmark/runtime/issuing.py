@@ -24,11 +24,9 @@ from sealmark.core import registry
 from sealmark.core.errors import ParameterError, SealmarkError, ServiceError, UnsupportedError
 from sealmark.core.identity import WeightMark, check_model
 from sealmark.core.secret import Secret
-from sealmark.core.weights import INDEX, FileWeights, Progress, rewrite_file
-from sealmark.formats.sealed import open_sealed, seal_file
+from sealmark.core.weights import FileWeights, Progress, rewrite_file
+from sealmark.formats.sealed import SUFFIX, open_sealed, roles_of, seal_file
 from sealmark.formats.secret import secret_from_bytes, secret_to_bytes
-
-_SEALED = ".sealed"
 
 
 @dataclass(frozen=True)
@@ -117,8 +115,8 @@ def seal_copy(copy: Copy, target: Path, key: bytes) -> None:
         copy.target.unlink()
         return
     target.mkdir()
-    for name, role in _roles([part.name for part in copy.target.iterdir()]).items():
-        seal_file(copy.target / name, target / f"{name}{_SEALED}", key, model=copy.digest, role=role)
+    for part, role in roles_of(copy.target.iterdir()).items():
+        seal_file(part, target / f"{part.name}{SUFFIX}", key, model=copy.digest, role=role)
     shutil.rmtree(copy.target)
 
 
@@ -133,10 +131,7 @@ def stands(path: Path, digest: str, key: bytes | None = None) -> bool:
     try:
         if key is None:
             return path.exists() and FileWeights(path).digest() == digest
-        parts = {path: "weights"}
-        if path.is_dir():
-            roles = _roles([part.name.removesuffix(_SEALED) for part in path.iterdir()])
-            parts = {path / f"{name}{_SEALED}": role for name, role in roles.items()}
+        parts = roles_of(path.iterdir()) if path.is_dir() else {path: "weights"}
         for part, role in parts.items():
             with open_sealed(part, model=digest, role=role) as sealed:
                 sealed.reader(key).copy_to(_nowhere)
@@ -147,13 +142,6 @@ def stands(path: Path, digest: str, key: bytes | None = None) -> bool:
 
 def _nowhere(offset: int, piece: memoryview) -> None:
     """Takes what was decrypted only to see that it can be."""
-
-
-def _roles(names: Sequence[str]) -> dict[str, str]:
-    """What binds each part of a folder to its place; the index, which makes it a model, comes last."""
-    shards = sorted(name for name in names if name != INDEX)
-    roles = {name: f"weights-{turn}-of-{len(shards)}" for turn, name in enumerate(shards, 1)}
-    return roles | ({INDEX: "index"} if INDEX in names else {})
 
 
 def _made_here(

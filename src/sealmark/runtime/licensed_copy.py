@@ -10,10 +10,8 @@ from torch import Tensor
 
 from sealmark.core.errors import FormatError, ParameterError, ServiceError, UnsupportedError, WrongKeyError
 from sealmark.core.weights import INDEX, FileWeights, MemoryWeights, Weights
-from sealmark.formats.sealed import Body, SealedFile, open_sealed
+from sealmark.formats.sealed import SUFFIX, Body, SealedFile, open_sealed, roles_of
 from sealmark.formats.sealed_header import MAGIC
-
-_SUFFIX = ".sealed"
 
 
 class JoinedWeights(Weights):
@@ -100,16 +98,14 @@ def open_copy(source: Path | str) -> Iterator[SealedCopy | PlainCopy]:
     path = Path(source)
     if not path.exists():
         raise ParameterError("no such copy", expected="a file or a folder", found=str(source))
-    files = sorted(path.glob(f"*{_SUFFIX}")) if path.is_dir() else [path]
-    shards = [file for file in files if file.name != INDEX + _SUFFIX]
+    files = sorted(path.glob(f"*{SUFFIX}")) if path.is_dir() else [path]
+    shards = [file for file in files if file.name != INDEX + SUFFIX]
     if not shards or (path.is_file() and not _is_sealed(path)):
         yield PlainCopy(path)
         return
-    shards.sort(key=lambda file: file.name.removesuffix(_SUFFIX))
-    roles = [f"weights-{turn}-of-{len(shards)}" for turn in range(1, len(shards) + 1)]
+    roles = roles_of(shards) if path.is_dir() else {path: "weights"}
     with contextlib.ExitStack() as stack:
-        pairs = zip(shards, roles if path.is_dir() else ["weights"], strict=True)
-        yield SealedCopy([stack.enter_context(open_sealed(file, role=role)) for file, role in pairs])
+        yield SealedCopy([stack.enter_context(open_sealed(file, role=role)) for file, role in roles.items()])
 
 
 def _is_sealed(path: Path) -> bool:
