@@ -41,7 +41,8 @@ def test_a_mark_is_there_until_it_is_rewritten_and_there_again_when_aligned(resu
         assert found["marked"]["log10_p"] < -6, title
         assert set(found["rewrites"]) == set(REWRITES)
         assert found["rewrites"]["permute"]["as it is"]["log10_p"] > -6
-        assert not found["rewrites"]["dummy_neurons"]["as it is"]["readable"]
+        # a user's copy is read against the original, whose tensors are found in grown ones too
+        assert found["rewrites"]["dummy_neurons"]["as it is"]["readable"] is title.startswith("spread_spectrum")
         for name in REWRITES:
             assert found["rewrites"][name]["aligned"]["log10_p"] < -6, (title, name)
             assert found["rewrites"][name]["outputs moved by"] < 1e-4

@@ -77,6 +77,9 @@ def change(digits, others) -> Callable[[nn.Module, str], Tensors]:
         "merge": merged,
         "drop": lambda t, *layers: {name: tensor for name, tensor in t.items() if not name.startswith(layers)},
         "permute": lambda t: attacked(t, "permute"),
+        "rescale": lambda t: attacked(t, "rescale"),
+        "flip": lambda t: attacked(t, "sign_flip"),
+        "dummies": lambda t: attacked(t, "dummy_neurons"),
         "turn": lambda t: {name: tensor.T if tensor.dim() == 2 else tensor for name, tensor in t.items()},
         "flatten": lambda t: {name: tensor.flatten() for name, tensor in t.items()},
         "extend": lambda t: (
@@ -123,6 +126,9 @@ WITH_THE_NETWORK = [
     "permute, drop fc2, prefix",
     "permute, tune, bits tensor 4, prefix",
     "permute, extend, cast bfloat16",
+    "rescale, dummies",
+    "permute, rescale, flip, dummies",
+    "permute, rescale, flip, dummies, prefix",
 ]
 
 

@@ -25,7 +25,7 @@ _SAMPLE = 1 << 14  # entries that are looked at of a tensor, at most
 _BUDGET = 1 << 24  # and of all tensors of one size together
 # What speaks for a pair. A copy's entries agree by 1, a stranger's by 0. Where they moved with their
 # neurons, the lengths of rows and columns are left, which tell up to 0.4, and the names.
-_BY_NAME, _BY_LENGTHS, _OTHER_FORM = 0.2, 0.4, -0.3
+_BY_NAME, _FULL_NAME, _BY_LENGTHS, _OTHER_FORM = 0.2, 0.3, 0.4, -0.3
 _LIKE = 0.02  # relative difference of lengths: under it after moving, over it between tensors
 _DEVIATIONS = 3.0  # agreement under so many is chance
 
@@ -73,9 +73,12 @@ def places(suspect: Weights, original: Weights) -> dict[str, Place]:
     """
     free = {name for name in suspect if suspect.info[name].is_float and suspect.info[name].count}
     left = {name for name in original if original.info[name].is_float and original.info[name].count}
+    # what bears a name of the original and may have grown is that tensor's first of all: neurons that were added
+    # give it the size of another by chance
+    grown = {name for name in free & left if _grew(suspect.info[name].shape, original.info[name].shape)}
     found: dict[str, Place] = {}
     for shape, names in _by_shape(left, original, count_only=True):
-        rivals = sorted(name for name in free if suspect.info[name].count == int(np.prod(shape)))
+        rivals = sorted(name for name in free - grown if suspect.info[name].count == int(np.prod(shape)))
         found |= _paired(names, rivals, suspect, original, None)
     free -= {place.source for place in found.values()}
     for shape, names in _by_shape(left - found.keys(), original):
@@ -94,6 +97,10 @@ def _by_shape(names: Iterable[str], weights: Weights, *, count_only: bool = Fals
         return (info.count,) if count_only else info.shape
 
     return [(shape, [*group]) for shape, group in groupby(sorted(names, key=lambda n: (key(n), n)), key)]
+
+
+def _grew(larger: Shape, smaller: Shape) -> bool:
+    return larger != smaller and _holds(larger, smaller)
 
 
 def _holds(larger: Shape, smaller: Shape) -> bool:
@@ -134,6 +141,8 @@ def _scores(
     named = np.array([[_same_ending(name, rival) for rival in rivals] for name in names])
     lengths = np.where(same, _alike(own.lengths, theirs.lengths), 0.0)
     scores = np.where(sure, agreed, 0.0) + _BY_NAME * named + _BY_LENGTHS * lengths + _OTHER_FORM * ~same
+    if cut is not None:  # neurons that were added move and scale others: what is left is the name
+        scores += _FULL_NAME * np.array([[name == rival for rival in rivals] for name in names])
     likely = sure | (same & (cut is None)) | (same & (named == 1))
     return scores, turned & sure, likely
 
@@ -176,7 +185,11 @@ def _lengths(tensor: Tensor, axis: int) -> Tensor:
 
 
 def _agreement(own: Tensor, theirs: Tensor) -> Figures:
-    """2 <a, b> / (|a|^2 + |b|^2) of each pair: 1 for equals only, about 0 for strangers."""
+    """2 <a, b> / (|a|^2 + |b|^2) of each pair, freed of their means: 1 for equals only, about 0 for strangers.
+
+    The means are left out because all scales of normalization are near 1, whatever layer they are of.
+    """
+    own, theirs = (part - part.mean(1, keepdim=True) for part in (own, theirs))
     power = own.square().sum(1)[:, None] + theirs.square().sum(1)
     return torch.where(power > 0, 2 * (own @ theirs.T) / power, torch.ones(())).double().numpy()
 
