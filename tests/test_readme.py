@@ -36,6 +36,20 @@ def test_job_by_hand_names_the_leaker(tmp_path):
     assert "<html" in (tmp_path / "report.html").read_text("utf-8")
 
 
+def test_the_page_of_licenses_runs(tmp_path):
+    made = "import numpy as np; from sealmark.core.training import train_task; from sealmark.core.weights import "
+    made += "save_model; from sealmark.tasks.digits import task; t = task(); "
+    made += "save_model(train_task(t, rng=np.random.default_rng(0)), 'model.safetensors')"
+    run([sys.executable, "-c", made], tmp_path)
+    script = "export SEALMARK_PASSPHRASE=words\n" + "\n".join(blocks("docs/licenses.md", "sh"))
+    shown = run(["bash", "-euo", "pipefail", "-c", script], tmp_path)
+    assert "refused" in shown
+    assert re.search(r"accused +dora *\n", shown)
+    assert re.search(r"answer +ACCEPTED", shown)
+    assert re.search(r"accused +finn *\n", shown)
+    assert (tmp_path / "trace.svg").is_file()
+
+
 @pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md"])
 def test_python_in_a_document_runs(document, tmp_path):
     for code in blocks(document, "python"):

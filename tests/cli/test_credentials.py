@@ -17,6 +17,7 @@ from sealmark.core.credentials import Credential, CredentialMark, Enrolled, Exam
 from sealmark.core.identity import Suspicion
 from sealmark.core.suspect import Access
 from sealmark.core.weights import weights_of
+from sealmark.crypto.recipients import Identity
 from sealmark.stats.nulls import Binomial
 from sealmark.tasks.digits import task as digits_task
 
@@ -188,6 +189,21 @@ def test_a_wrong_call_writes_nothing(sealmark, served, keyed, contents, line, co
     assert said in sealmark(line.format(keyed=keyed), code=code).stderr
     assert contents() == before
     assert sealmark("vault list --json").stdout == kept
+
+
+def test_a_credential_whose_license_has_ended_is_refused(sealmark, served):
+    sealmark(f"{served} --user ada --expires 2020-01-01 --out ada.credential")
+    told = json.loads(sealmark(ASK.format("ada.credential"), code=1).stdout)
+    assert (told["reason"], told["accepted"], told["user"]) == ("EXPIRED", False, "ada")
+    sealmark("renew ada --expires 30d --out ada2.lic")
+    assert json.loads(sealmark(ASK.format("ada.credential")).stdout)["accepted"]
+
+
+def test_a_served_model_has_no_lock_to_hand_out(sealmark, served):
+    sealmark("lock plain.safetensors --scheme chaotic_weights --name key --out locked.safetensors")
+    Path("ada.recipient").write_text(str(Identity.generate().recipient))
+    line = f"{served} --lock-key key --to ada.recipient --user ada --out ada.credential"
+    assert "UNSUPPORTED" in sealmark(line, code=2).stderr
 
 
 def test_rows_of_several_names_and_other_schemes_are_refused(sealmark, served):

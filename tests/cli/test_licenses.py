@@ -219,7 +219,7 @@ def test_revoking_nobody_writes_the_list_or_is_refused(sealmark):
         (f"issue {PLAIN} --user bob --expires 2030-01-01 --starts 2031-01-01 --out b", 2, "ends before"),
         (f"issue {PLAIN} --user bob --user eve --to bob.recipient --out b", 2, "one key for several"),
         (f"issue {PLAIN} --user bob --to bob.recipient --with-passphrase --out b", 2, "one key for several"),
-        (f"issue {PLAIN} --user bob --to nonsense --out b", 3, "recipient"),
+        (f"issue {PLAIN} --user bob --to nonsense --out b", 2, "recipient"),
         (f"issue {PLAIN} --out b", 2, "no users"),
         ("open ada.sealed --license ada.lic --identity ada.key --with-passphrase", 2, "one of --identity"),
         ("open ada.sealed --license ada.key", 3, "BAD_FORMAT"),
@@ -249,6 +249,47 @@ def test_a_vault_lists_and_exports_licenses(sealmark):
     assert "licenses: 1" in sealmark("vault list").stdout
     sealmark(f"vault export --document {granted().id[:8]} --out again.lic")
     assert Path("again.lic").read_bytes() == Path("ada.lic").read_bytes()
+
+
+def test_an_end_that_counts_from_now_is_the_end_of_the_new_license(sealmark):
+    sealmark(ISSUE)
+    told = json.loads(sealmark(f"{ISSUE.replace('ada.sealed', 'again.sealed')} --expires 2d --json").stdout)
+    assert told["copies"][0]["expires"] != "never"
+    assert granted("again.lic").rights.not_after - utc_now() < timedelta(days=3)
+    sealmark(f"{ISSUE.replace('ada.sealed', 'third.sealed')} --expires 1d")
+    assert granted("third.lic").rights.not_after < granted("again.lic").rights.not_after
+
+
+def test_a_renewal_keeps_the_end_unless_another_is_named(sealmark):
+    sealmark(f"{ISSUE} --expires 30d")
+    end = granted().rights.not_after
+    sealmark("renew ada --level premium --out new.lic")
+    assert (granted("new.lic").rights.not_after, granted("new.lic").rights.level) == (end, "premium")
+    sealmark("renew ada --expires never --out newer.lic")
+    assert granted("newer.lic").rights.not_after is None
+
+
+def test_seats_without_devices_are_refused(sealmark):
+    assert "--device ID" in sealmark(f"{ISSUE} --seats 2", code=2).stderr
+
+
+def test_users_whose_files_would_be_one_are_refused(sealmark, contents):
+    Path("users.txt").write_text("Bolt\nbolt\n")
+    before = contents()
+    assert "share a file" in sealmark(f"issue {PLAIN} --users-file users.txt --out copies", code=2).stderr
+    assert contents() == before
+
+
+def test_a_recipient_after_a_space_is_not_taken_for_a_part_of_the_name(sealmark, contents):
+    Path("users.txt").write_text(f"ada {Path('ada.recipient').read_text()}\n")
+    before = contents()
+    assert "a tab" in sealmark(f"issue {PLAIN} --users-file users.txt --out copies", code=2).stderr
+    assert contents() == before
+
+
+def test_a_missing_key_file_is_named(sealmark):
+    sealmark(ISSUE)
+    assert "no such verify key" in sealmark(f"{OPEN} --anchor nowhere.anchor", code=2).stderr
 
 
 def test_other_rights_for_the_same_copy_ask_for_force_or_a_renewal(sealmark):
@@ -316,6 +357,12 @@ def test_a_license_of_one_grade_holds_no_key_of_a_higher_one(sealmark, locked):
     opened = licensed.open("locked.safetensors", "ada.lic", anchors=[anchor()], opener="ada.key")
     with Vault.open(".sealmark", key_file="vault.key") as vault:
         assert opened.key.reveal_seed() != vault.secret("grades").reveal_seed()
+
+
+def test_a_license_of_a_lock_is_not_renewed_to_another_level(sealmark, locked):
+    sealmark(f"{locked} --user ada --to ada.recipient --level 1 --out ada.lic")
+    assert "keeps its level" in sealmark("renew ada --level 2 --out new.lic", code=2).stderr
+    sealmark("renew ada --level 1 --expires 30d --out new.lic")
 
 
 def test_many_get_licenses_for_a_locked_model(sealmark, locked):

@@ -298,6 +298,16 @@ def test_a_list_is_remembered_also_where_it_is_held_back(opened: Open, vault: Va
     assert code(lambda: opened(data)) == "OK"
 
 
+def test_a_list_is_remembered_also_where_the_license_that_it_came_with_is_refused(
+    opened: Open, vault: Vault, grant: Grant
+) -> None:
+    ended, other = grant(rights=Rights(not_after=NOW - 2 * DAY)), grant(number="other")
+    assert code(lambda: opened(other)) == "OK"
+    taken = listed(vault, 7, Revocation("other", NOW, "not paid"))
+    assert code(lambda: opened(ended, revocations=taken)) == "EXPIRED"
+    assert code(lambda: opened(other)) == "REVOKED"
+
+
 def test_a_list_of_somebody_else_takes_nothing_back(opened: Open, vault: Vault, grant: Grant) -> None:
     other = SigningKey.generate()
     foreign = sign_revocations(RevocationList(9, (Revocation("7", NOW),), ISSUED), other)

@@ -40,12 +40,13 @@ class Place:
 
 @dataclass(frozen=True)
 class Delivery:
-    """What a person has now; ``made`` tells whether it was there before."""
+    """What a person has now, and until when; ``made`` tells whether it was there before."""
 
     user: str
     copy: str
     license: str
     digest: str
+    expires: str
     made: bool
 
 
@@ -87,6 +88,12 @@ def places(out: Path, persons: list[Person], suffix: str, *, one: bool) -> list[
     if out.exists() and not out.is_dir():
         check_free(out, force=False)
     names = {person.name: file_name(person.name) for person in persons}
+    alike = {file.casefold(): user for user, file in names.items()}
+    if len(alike) < len(names):
+        lost = next(user for user, file in names.items() if alike[file.casefold()] != user)
+        raise ParameterError(
+            "two users would share a file", expected="names that differ more", found=repr(lost)[:80]
+        )
     return [
         Place(person, out / f"{name}{'.sealed' if person.to else suffix}", out / f"{name}.lic")
         for person, name in ((person, names[person.name]) for person in persons)
@@ -126,7 +133,7 @@ def deliver(
     with _folder(work):
         for place in wanted:
             if place.person.name in kept:
-                yield _kept(place, kept[place.person.name], had[place.person.name], work)
+                yield _kept(vault, place, kept[place.person.name], had[place.person.name], work)
         with contextlib.closing(job.make(_orders(work, todo))) as copies:
             for copy in copies:
                 yield _hand_over(vault, job, grant, todo[copy.user], copy, had.get(copy.user, ""))
@@ -138,7 +145,7 @@ def workplace(out: Path, *, one: bool) -> Path:
 
 
 def file_name(user: str) -> str:
-    """A file name that no other user has."""
+    """A file name for a user; `places` refuses two that are alike."""
     safe = re.sub(r"[^A-Za-z0-9._-]", "_", user).lstrip(".")
     return safe if safe == user else f"{safe[:80]}-{hashlib.sha256(user.encode()).hexdigest()[:8]}"
 
@@ -210,7 +217,7 @@ def _hand_over(vault: Vault, job: Job, grant: Grant, place: Place, copy: Copy, k
         )  # fmt: skip
     move(ready, place.copy)
     put(place.license, data, folder)
-    return Delivery(user, str(place.copy), str(place.license), copy.digest, made=True)
+    return Delivery(user, str(place.copy), str(place.license), copy.digest, _end(vault, data), made=True)
 
 
 def _standing(vault: Vault, job: Job, grant: Grant, place: Place, digest: str) -> bytes:
@@ -225,10 +232,19 @@ def _standing(vault: Vault, job: Job, grant: Grant, place: Place, digest: str) -
     return data if not place.license.exists() or place.license.read_bytes() == data else b""
 
 
-def _kept(place: Place, data: bytes, digest: str, folder: Path) -> Delivery:
+def _kept(vault: Vault, place: Place, data: bytes, digest: str, folder: Path) -> Delivery:
     if not place.license.exists():  # a kill came between the copy and its license
         put(place.license, data, folder)
-    return Delivery(place.person.name, str(place.copy), str(place.license), digest, made=False)
+    return Delivery(place.person.name, str(place.copy), str(place.license), digest, _end(vault, data), made=False)
+
+
+def _end(vault: Vault, data: bytes) -> str:
+    """When a license of this vault ends."""
+    from sealmark.formats.license import verify_license
+    from sealmark.formats.times import utc_text
+
+    last = verify_license(data, [vault.verify_key]).rights.not_after
+    return utc_text(last) if last else "never"
 
 
 def _data_key(job: Job, user: str) -> bytes:

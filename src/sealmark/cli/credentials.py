@@ -69,16 +69,31 @@ def authenticate(
         revoked=[record.user for record in records if record.revoked],
         commitment=commitment,
     )
+    answer = found.reason.value
+    if found.accepted and (refused := _outside(where, str(found.user), served)):
+        answer = refused
+    accepted = found.accepted and answer == found.reason.value
     lines = {
-        "answer": found.reason.value,
+        "answer": answer,
         "user": found.user or "nobody",
         "p-value": f"{p_text(found.log10_p)} (alpha {found.alpha:g}, {found.users} users)",
         "null": f"{found.null}, {found.basis.value}",
         "the model alone": "lets it in" if found.served else "refuses",
     }
-    output.product({**found.as_dict(), "accepted": found.accepted}, facts(lines))
-    if not found.accepted:
+    output.product({**found.as_dict(), "reason": answer, "accepted": accepted}, facts(lines))
+    if not accepted:
         raise typer.Exit(1)
+
+
+def _outside(where: Where, user: str, served: Path) -> str:
+    """Why the licenses that came with a user's credential do not hold now; empty where one does, or none came."""
+    from sealmark.core.weights import FileWeights
+
+    with where.open() as vault:
+        states = [record.status() for record in vault.license_records(user, model=FileWeights(served).digest())]
+    if not states or "valid" in states:
+        return ""
+    return states[-1].upper().replace(" ", "_")
 
 
 def serve(

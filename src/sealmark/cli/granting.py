@@ -23,7 +23,9 @@ if TYPE_CHECKING:
 
 _option = functools.partial(typer.Option, rich_help_panel="License")
 _DURATION = re.compile(r"([1-9][0-9]{0,4})([hdwy])")
+_A_DAY = timedelta(days=1)
 _HOURS = {"h": 1, "d": 24, "w": 7 * 24, "y": 365 * 24}
+_RECIPIENT = "sealmark-recipient-"
 _FEATURES = "A name that your software asks for; repeat for more."
 When = Annotated[
     str | None, _option(metavar="WHEN", help="A day, a time or as 12h, 30d, 2w, 1y; for ever without.")
@@ -63,10 +65,15 @@ class Grant:
         """What is granted.
 
         Raises:
-            ParameterError: a time that is none.
+            ParameterError: a time that is none, or seats without devices.
         """
         from sealmark.formats.license import Rights
 
+        if self.seats and not self.device:
+            raise ParameterError(
+                "seats count devices", expected="--device ID besides, for each", found="no device",
+                advice="leave --seats out, or ask for what `sealmark device` prints there",
+            )  # fmt: skip
         return Rights(
             level=self.level or "standard",
             not_before=moment(self.starts, end=False),
@@ -76,10 +83,14 @@ class Grant:
         )
 
     def fits(self, found: License, person: Person) -> bool:
-        """Whether a license is what would be issued; ends that count from now are not compared."""
-        told = (("not_before", self.starts), ("not_after", self.expires))
-        counted = {name: getattr(found.rights, name) for name, text in told if text and _DURATION.fullmatch(text)}
-        asked = replace(self.rights(), **counted)
+        """Whether a license is what would be issued; times that count from now may be a day older."""
+        asked = self.rights()
+        for name, text in (("not_before", self.starts), ("not_after", self.expires)):
+            if text and _DURATION.fullmatch(text):
+                held, wanted = getattr(found.rights, name), getattr(asked, name)
+                if held is None or not timedelta() <= wanted - held <= _A_DAY:
+                    return False
+                asked = replace(asked, **{name: held})
         same = (asked, tuple(self.device or ())) == (found.rights, found.devices)
         return same and person.opens(found)
 
@@ -122,6 +133,12 @@ def people(names: list[str], file: Path | None, grant: Grant) -> list[Person]:
         listed.append(Person(name.strip(), Recipient.parse(recipient) if tab else None))
     for person in listed:
         check_user(person.name)
+        if _RECIPIENT in person.name:
+            raise ParameterError(
+                "a user's name holds a recipient",
+                expected="a tab between the two",
+                found=person.name[:60],
+            )
     if not listed or len({person.name for person in listed}) != len(listed):
         found = [person.name for person in listed][:20]
         raise ParameterError("a user twice" if found else "no users", expected="each user once", found=found)
@@ -135,8 +152,20 @@ def people(names: list[str], file: Path | None, grant: Grant) -> list[Person]:
     if grant.to is None:
         words = ask_passphrase("Passphrase for the license", FILE_PASSPHRASE, new=True)
         return [replace(listed[0], to=Passphrase(words))]
-    text = grant.to if ":" in grant.to or not Path(grant.to).is_file() else first_line(Path(grant.to))
-    return [replace(listed[0], to=Recipient.parse(text))]
+    return [replace(listed[0], to=Recipient.parse(key_text(grant.to, "recipient")))]
+
+
+def key_text(given: str, what: str) -> str:
+    """A public key as text, given as such or as a file.
+
+    Raises:
+        ParameterError: neither.
+    """
+    if ":" in given:
+        return given
+    if not Path(given).is_file():
+        raise ParameterError(f"no such {what}", expected="a key's text or a file with it", found=given)
+    return first_line(Path(given))
 
 
 def license_for(

@@ -114,7 +114,10 @@ def revoke(
     where: Where,
     output: Output,
 ) -> None:
-    """Take a user's copies and licenses back: he gets no others, and the signed list says so."""
+    """Take a user's copies and licenses back, and he gets no others; or one license, by its id.
+
+    The signed list says so, once it is written and published.
+    """
     if name is None and out is None:
         raise ParameterError("who is revoked?", expected="a user, the id of a license, or --out FILE", found="none")
     if out is not None:
@@ -249,8 +252,8 @@ def _show(found: list[Delivery], job: Job, output: Output) -> None:
         "commitment": job.secret.commitment,
         "copies": [asdict(delivery) for delivery in found],
     }
-    rows = [[d.user, d.copy, d.license, d.digest[:16], "made" if d.made else "stands"] for d in found]
-    output.product(document, listing(["user", "copy", "license", "digest", ""], rows))
+    rows = [[d.user, d.copy, d.license, d.digest[:16], d.expires, "made" if d.made else "stands"] for d in found]
+    output.product(document, listing(["user", "copy", "license", "digest", "expires", ""], rows))
 
 
 def _listed(data: bytes, vault: Vault) -> dict[str, object]:

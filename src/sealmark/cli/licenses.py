@@ -17,8 +17,8 @@ from sealmark.cli.granting import (
     Level,
     Person,
     Seats,
-    When,
     held_license,
+    key_text,
     license_for,
     moment,
 )
@@ -78,7 +78,9 @@ def open_(
 def renew(
     name: Annotated[str, typer.Argument(metavar="USER|ID", help="A user with one license, or a license's id.")],
     out: Annotated[Path, typer.Option(metavar="FILE", help="The new license.")],
-    expires: When = None,
+    expires: Annotated[
+        str | None, typer.Option(metavar="WHEN", help="A day, a time, as 30d or 1y, or never; as it was without.")
+    ] = None,
     level: Level = None,
     feature: Feature = None,
     seats: Seats = None,
@@ -88,22 +90,37 @@ def renew(
     where: Where,
     output: Output,
 ) -> None:
-    """Issue a license again, with another end and whatever else is named; keys and the rest stay.
+    """Issue a license again, with another end and whatever else is named; keys and all that is not named stay.
 
     The copy needs no change. Where the new license grants less, the next signed list of the revoked takes
     the old one back.
     """
     check_free(out, force=force)
     with where.open() as vault, vault.transaction():
+        before = vault.license_to_renew(name)
+        end = before.not_after or None if expires is None else expires
         signed = vault.renew_license(
-            name, not_after=moment(expires, end=True), level=level, seats=seats, features=feature, devices=device
+            name,
+            not_after=None if end == "never" else moment(end, end=True),
+            level=level,
+            seats=seats,
+            features=feature,
+            devices=device,
         )
         write_out(out, signed.data, force=force)
     record = signed.record
-    lines = {"license": out, "id": record.id, "user": record.user, "expires": record.not_after or "never"}
+    lines = {
+        "license": out,
+        "id": record.id,
+        "user": record.user,
+        "expires": record.not_after or "never",
+        "before": before.not_after or "never",
+    }
     output.product({"out": str(out), **asdict(record)}, facts(lines))
     if record.superseded == record.issued:
-        note("It grants less than the one before. Take that back: publish the list, sealmark revoke --out FILE.")
+        note(
+            "Some of what was granted before is gone. To take it back, publish the list: sealmark revoke --out FILE"
+        )
 
 
 @command
@@ -248,8 +265,7 @@ def _anchors(texts: list[str], where: Where) -> list[VerifyKey]:
     from sealmark.crypto.signing import VerifyKey
 
     if texts:
-        read = [first_line(Path(text)) if ":" not in text and Path(text).is_file() else text for text in texts]
-        return [VerifyKey.parse(text) for text in read]
+        return [VerifyKey.parse(key_text(text, "verify key")) for text in texts]
     if not where.is_there:
         raise ParameterError(
             "whose licenses do you trust?", expected="--anchor KEY", found="no vault here",

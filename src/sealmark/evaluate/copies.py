@@ -86,6 +86,13 @@ class MarkEntry:
         return cast("UserMark", registry.scheme(self.scheme, **self.parameters))
 
 
+MARKS: tuple[MarkEntry, ...] = (
+    MarkEntry("spread_spectrum"),
+    MarkEntry("spread_spectrum", {"bits": 2048, "colluders": 5, "strength": 0.1}),
+    MarkEntry("deepmarks", repeats=3),
+)
+
+
 def copy_figures(base: Ground, entry: MarkEntry) -> dict[str, Any]:
     """A mark on one plain model: every way of pooling by coalitions of every size, and what accuses nobody.
 

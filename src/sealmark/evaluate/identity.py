@@ -21,7 +21,7 @@ from rich.console import Console
 from sealmark.core.errors import ParameterError
 from sealmark.core.files import atomic_write
 from sealmark.evaluate.artifacts import environment, finite, write_json
-from sealmark.evaluate.copies import MarkEntry, copy_figures, joined, slug
+from sealmark.evaluate.copies import MARKS, MarkEntry, copy_figures, joined, slug
 from sealmark.evaluate.credentials import CredentialEntry, credential_figures
 from sealmark.evaluate.identity_text import as_markdown
 from sealmark.evaluate.measure import Effort, ground
@@ -29,11 +29,6 @@ from sealmark.evaluate.plots import Plot, draw
 from sealmark.evaluate.seeds import over_seeds
 
 SEEDS = (0, 1, 2)
-MARKS: tuple[MarkEntry, ...] = (
-    MarkEntry("spread_spectrum"),
-    MarkEntry("spread_spectrum", {"bits": 2048, "colluders": 5, "strength": 0.1}),
-    MarkEntry("deepmarks", repeats=3),
-)
 CREDENTIALS: tuple[CredentialEntry, ...] = (
     CredentialEntry("backdoor_marks"),
     CredentialEntry("additional_class"),

@@ -73,7 +73,7 @@ def draw(plot: Plot, path: Path) -> None:
         axes.set(title=plot.title, xlabel=plot.across, ylabel=plot.up)
         axes.grid(visible=True, alpha=0.3)
         if shown:
-            figure.legend(loc="outside right upper", fontsize=7, frameon=False)
+            figure.legend(loc="outside right upper", fontsize=7, frameon=False, handlelength=3.5)
         drawn = io.BytesIO()
         figure.savefig(drawn, format="svg", metadata={"Date": None})
     with atomic_write(path) as file:

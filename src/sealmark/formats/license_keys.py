@@ -20,6 +20,8 @@ from sealmark.crypto.wrapping import key_id, stanza_from_json, unwrap, wrap
 from sealmark.formats.license import License
 from sealmark.formats.secret import secret_from_bytes, secret_to_bytes
 
+_NO_LOCK = 128  # bytes: a data key and what encryption adds are fewer, a secret's file has more
+
 
 def add_keys(
     license: License,  # noqa: A002 - the word for the thing
@@ -54,6 +56,16 @@ def add_keys(
         wrap=wrap(own, to, context=context).to_json(),
         keys=RecordCipher(own).seal(content, place=context),
     )
+
+
+def holds_lock_key(license: License) -> bool:  # noqa: A002
+    """Whether there is more than a data key in it; that shows by the size, without opening it.
+
+    Example:
+        >>> holds_lock_key(License("7", "ada", model="00"))
+        False
+    """
+    return len(license.keys) > _NO_LOCK
 
 
 def open_keys(license: License, opener: Identity | Passphrase) -> tuple[bytes, Secret | None]:  # noqa: A002

@@ -104,6 +104,8 @@ class BackdoorMarks(CredentialMark, Verifiable):
         "pass the model 0.93 to 0.95 and name nobody; the claim finds 36 to 39 of 40 marks, p 4e-15 to 4e-9, after "
         "fine-tuning (20 epochs, rate 0.05) 35, 1e-7, after pruning 50 % 35 to 39",
         broken_by=(
+            "uniform noise, on CIFAR-10: the model alone takes 38 of 40 for a credential, none of 120 on "
+            "digits; it names nobody (experiments)",
             "1,024 queries: the entries that move the answer most are marks, and any 16 of them are served; "
             "they name nobody (measured)",
             "fine-tuning on 400 rows, 5 epochs at rate 0.01: 0.59 sure becomes 0.83 to 0.88 and none of 20 users "

@@ -101,7 +101,8 @@ def open(  # noqa: A001 - sealmark.open
             keys does without.
         revocations: the newest signed list of the license's issuer, or its file. It is remembered, and applied
             to what is opened later without one.
-        now: the time to judge by, from a better clock than this machine's.
+        now: the time to judge by, from a better clock than this machine's. It is remembered: a time that has
+            not come yet keeps this machine out until then.
         device: what the device says of itself; this one unless given.
         memory: what was seen before, or its folder; `sealmark.runtime.last_seen.state_folder` unless given.
 
@@ -128,14 +129,15 @@ def open(  # noqa: A001 - sealmark.open
     # an owner takes back what he issued, and nobody else's: his key alone counts for his list
     given = None if brought is None else read_revocations(brought, [issuer])
     kept = seen.revocations(issuer)
+    if given and brought and (kept is None or given.number >= kept.number):
+        seen.keep_revocations(issuer, brought)  # whatever becomes of this license
     with open_copy(source) as copy:
         granted.check_model(copy.model)
         _check_device(granted, device)
         seen.check_clock(now, *(document.issued for document in (granted, given, kept) if document))
         granted.check_time(now)
-        if given and brought:
+        if given:
             given.check_newer(kept.number if kept else 0)
-            seen.keep_revocations(issuer, brought)
         if newest := given or kept:
             newest.check(granted)
         data_key, key = _keys(granted, opener)

@@ -14,7 +14,7 @@ from sealmark.core.secret import Secret
 from sealmark.crypto.recipients import Passphrase, Recipient
 from sealmark.crypto.signing import VerifyKey
 from sealmark.formats.license import License, Rights, sign_license, verify_license
-from sealmark.formats.license_keys import add_keys
+from sealmark.formats.license_keys import add_keys, holds_lock_key
 from sealmark.formats.times import utc_now, utc_text
 from sealmark.vault.folder import EncryptedFolder
 from sealmark.vault.records import LicenseRecord, check_user
@@ -114,12 +114,20 @@ class LicenseFolder(EncryptedFolder):
         Raises:
             UnknownNameError: no such license or user.
             RevokedError: it was revoked, or its user.
-            ParameterError: the user has several licenses, or rights that make no sense.
+            ParameterError: the user has several licenses, rights that make no sense, or another level for a
+                license that holds a lock's key.
         """
         with self.transaction():
             record = self._holding(name)
             self._check_allowed(record.user)
             old = verify_license(self.license_document(record.id), [self.signing_key.verify_key])
+            if level not in (None, old.rights.level) and holds_lock_key(old):
+                raise ParameterError(
+                    "a license that opens a lock keeps its level",
+                    expected=old.rights.level,
+                    found=level,
+                    advice="issue a new one of that level",
+                )
             given = {"level": level, "seats": seats, "features": None if features is None else tuple(features)}
             changes = {key: value for key, value in given.items() if value is not None}
             new = replace(
@@ -135,6 +143,10 @@ class LicenseFolder(EncryptedFolder):
             fresh = replace(_record(new, data), edition=edition, superseded=replaced)
             self._store.update("license", record.id, vars(fresh))
         return SignedLicense(fresh, data)
+
+    def license_to_renew(self, name: str) -> LicenseRecord:
+        """How the license stands that `renew_license` would renew; raises as that does."""
+        return self._holding(name)
 
     def revoke_license(self, name: str, reason: str, *, time: datetime | None = None) -> LicenseRecord:
         """Take one license back; the next `revocation_list` says so.
