@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from sealmark.core.errors import ParameterError
 from sealmark.core.evidence import DEFAULT_ALPHA, Basis, Verdict, check_alpha
-from sealmark.core.identity import Accusation, Suspicion, accuse, check_users
+from sealmark.core.identity import Accusation, Suspicion, accuse, check_users, require_name
 from sealmark.core.modes import evaluating
 from sealmark.core.scheme import Scheme
 from sealmark.core.secret import Secret
@@ -169,6 +169,17 @@ class CredentialMark(Scheme):
             ParameterError: the user's name is empty, or no task where one is needed.
             MarkFailedError: no credential can be made for this user and model.
         """
+
+    @final
+    def check_issue(self, secret: Secret, user: str) -> None:
+        """Refuse what nothing can be issued from or to: every `issue` begins with it.
+
+        Raises:
+            ParameterError: the user's name is empty, or the secret is of another scheme.
+            ForgedSecretError: the secret does not re-derive.
+        """
+        require_name(user)
+        self.check_secret(secret)
 
     def present(self, credential: Credential, inputs: Tensor | None = None) -> Tensor:
         """The rows that its holder sends: the images that he holds, or his inputs as he must send them.

@@ -290,10 +290,19 @@ class WeightMark(UserMark):
         rewrite_file(source, target, self.marker(secret, user), progress=progress)
 
     def _check_issue(self, weights: Weights, secret: Secret, user: str) -> None:
-        if not user:
-            raise ParameterError("bad user", expected="a name", found="an empty one")
+        require_name(user)
         self.check_secret(secret)
         check_model(weights, secret)
+
+
+def require_name(user: str) -> None:
+    """Refuse to issue anything to nobody.
+
+    Raises:
+        ParameterError: the name is empty.
+    """
+    if not user:
+        raise ParameterError("bad user", expected="a name", found="an empty one")
 
 
 def check_users(users: Sequence[str]) -> list[str]:

@@ -198,13 +198,9 @@ class ActiveGuard(CredentialMark, Verifiable):
         Raises:
             MarkFailedError: an image came near enough in none of the attempts.
         """
-        if not user or task is None:
-            raise ParameterError(
-                f"{self.name} makes images for somebody of the owner's rows",
-                expected="a user's name and a task",
-                found=(user, task),
-            )
-        self.check_secret(secret)
+        self.check_issue(secret, user)
+        if task is None:
+            raise ParameterError(f"{self.name} makes images of the owner's rows", expected="a task", found=None)
         cells = torch.from_numpy(self._cells(secret, user))
         starts = self._starts(secret, user, task, cells // self.levels)
         images, left = torch.empty(self.images, *secret.host["shape"]), torch.arange(self.images)

@@ -164,9 +164,7 @@ class AdditionalClass(CredentialMark, Verifiable):
 
     def issue(self, model: nn.Module, secret: Secret, user: str, *, task: Task | None = None) -> Credential:
         """See `CredentialMark.issue`: uint8 ``pixels`` (images, ...), and their ``range`` (2,) in the task."""
-        if not user:
-            raise ParameterError("bad user", expected="a name", found="an empty one")
-        self.check_secret(secret)
+        self.check_issue(secret, user)
         chosen = torch.from_numpy(secret.stream(f"images/{user}").permutation(self.pairs))[: self.images]
         keys, _ = self.key_images(secret)
         limits = torch.tensor([secret.host["low"], secret.host["high"]], dtype=torch.float64)

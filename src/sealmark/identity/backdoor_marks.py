@@ -178,9 +178,7 @@ class BackdoorMarks(CredentialMark, Verifiable):
 
     def issue(self, model: nn.Module, secret: Secret, user: str, *, task: Task | None = None) -> Credential:
         """See `CredentialMark.issue`: those of the secret's rows of which the model is nearest to ``tau`` sure."""
-        if not user:
-            raise ParameterError("bad user", expected="a name", found="an empty one")
-        self.check_secret(secret)
+        self.check_issue(secret, user)
         rows = self.marked(secret, self._carriers(secret), self.places(secret, user))
         off = (self._confidence(WhiteBox(model), secret, rows) - self.tau).abs()
         order = off.sort(stable=True).indices[: self.images]

@@ -181,9 +181,7 @@ class SampleSpecific(CredentialMark):
 
     def issue(self, model: nn.Module, secret: Secret, user: str, *, task: Task | None = None) -> Credential:
         """See `CredentialMark.issue`: ``bits`` (B,) bool, and the encoder's tensors, the same for all."""
-        self.check_secret(secret)
-        if not user:
-            raise ParameterError("bad user", expected="a name", found="an empty one")
+        self.check_issue(secret, user)
         encoder = {name: part for name, part in secret.tensors.items() if name.startswith("encoder/")}
         return Credential(user, {"bits": self.word(secret, user), **encoder})
 
